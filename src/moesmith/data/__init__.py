@@ -1,0 +1,1 @@
+"""Floor 3: rows of text, conversations, token masks."""

@@ -1,0 +1,61 @@
+"""The experts function that computes with packed weights (registered in transformers as "moesmith").
+
+Same signature, same steps and same order of operations as transformers' `grouped_mm` function, so that a packed model
+equals the stock model holding the dequantised weights. What differs: each projection reads packed bytes, dequantises
+bounded pieces of them, and does so again in backward; adapters are applied to the activations of an expert's rows.
+Modules that moesmith did not load fall through to the stock function.
+
+T tokens, K experts per token, H model dim, R <= T*K routed rows sorted by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.moe import grouped_mm_experts_forward
+
+from ..ops.grouped import Lora, grouped_linear
+from ..ops.routing import Routing, sort_by_expert, unsort
+from .storage import scheme_of, stack
+
+EXPERTS_FUNCTION = "moesmith"
+
+
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """(T, H), (T, K), (T, K) -> (T, H): the weighted sum of each token's experts.
+
+    Ids equal to `num_experts` mean "computed elsewhere" (expert parallelism) and contribute nothing.
+    """
+    if scheme_of(module) is None:
+        return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
+
+    routing = sort_by_expert(top_k_index, module.num_experts)
+    expert_index = top_k_index.reshape(-1)[routing.perm] if module.has_bias else None
+    h_RH = hidden_states[routing.token_index]
+    h_RF = _project(module, "gate_up_proj" if module.has_gate else "up_proj", h_RH, routing, expert_index)
+    h_RF = module._apply_gate(h_RF) if module.has_gate else module.act_fn(h_RF)
+    h_RH = _project(module, "down_proj", h_RF, routing, expert_index)
+    if module.has_post_expert_norm:
+        h_RH = module.post_expert_norm(h_RH)
+    h_RH = h_RH * top_k_weights.reshape(-1)[routing.perm].unsqueeze(-1)
+    return unsort(h_RH, routing).sum(dim=1).to(hidden_states.dtype)
+
+
+def _project(module: Any, name: str, x: Tensor, routing: Routing, expert_index: Tensor | None) -> Tensor:
+    """One projection of every routed row by its expert: packed weight, adapters, bias."""
+    lora = _as_one(module.experts_lora.get(name))
+    y = grouped_linear(x, stack(module, name), routing.offsets, lora=lora, transposed=module.is_transposed)
+    if expert_index is not None:
+        y = y + getattr(module, name + "_bias")[expert_index]
+    return y
+
+
+def _as_one(adapters: list[Lora] | None) -> Lora | None:
+    """Several active adapters add up: their ranks side by side are one adapter."""
+    if not adapters or len(adapters) == 1:
+        return adapters[0] if adapters else None
+    A = torch.cat([lora.A for lora in adapters], dim=1)
+    B = torch.cat([lora.B * lora.scaling for lora in adapters], dim=2)
+    return Lora(A, B, 1.0)

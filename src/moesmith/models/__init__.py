@@ -1,0 +1,1 @@
+"""What architectures and checkpoints look like. Imports from ops and experts only."""

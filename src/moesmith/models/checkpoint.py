@@ -1,0 +1,482 @@
+"""What a checkpoint says about itself: config, tensor headers, tokenizer, template. No weights are read.
+
+A safetensors file starts with 8 bytes of length and that many bytes of JSON naming every tensor's dtype, shape and
+place; this is all that `Checkpoint.open` reads, from a local folder or, by byte range, from the hub. What is wrong with
+a download (a shard missing, cut short, not a safetensors file) is said here in one line, before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moesmith.config import no_such_file
+from moesmith.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+RECORD = "moesmith.json"  # what moesmith writes beside a packed model or an adapter
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+# Bits per element of the safetensors dtypes.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+
+# Files that belong to a model beside its weights: tokenizer, template, processor, generation settings.
+SIDE_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "generation_config.json", "*processor_config.json", "*.tiktoken", "tekken.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One stored tensor. `start` and `end` are byte offsets in `file`, counted from the file's first byte."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.end - self.start
+
+    @property
+    def numel(self) -> int:
+        """Elements as stored: a packed tensor counts its bytes, not the weights in them."""
+        return math.prod(self.shape)
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint's description. `folder` is None for one that was read from the hub."""
+
+    name: str
+    folder: Path | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorHeader] = field(default_factory=dict)
+    has_tokenizer: bool = False
+    chat_template: str | None = None
+
+    @classmethod
+    def open(cls, model: str | Path, weights: bool = True) -> Checkpoint:
+        """Describe a local folder or a hub name.
+
+        Args:
+            weights: with False, a folder without weights (a config alone) is accepted.
+
+        Raises:
+            UserError: not there, no config, no safetensors, or a broken shard; says which and what to do.
+        """
+        folder = local_folder(model)
+        return cls._open_hub(str(model)) if folder is None else cls._open_folder(folder, weights)
+
+    @classmethod
+    def _open_folder(cls, folder: Path, weights: bool) -> Checkpoint:
+        config = read_config(folder)
+        tensors = read_headers(folder, required=weights)
+        return cls(str(folder), folder, config, tensors, has_tokenizer(folder), read_chat_template(folder))
+
+    @classmethod
+    def _open_hub(cls, name: str) -> Checkpoint:
+        from huggingface_hub import get_safetensors_metadata, snapshot_download
+        from huggingface_hub.errors import NotASafetensorsRepoError
+
+        with _HubErrors(name):
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", *SIDE_FILES]))
+            try:
+                metadata = get_safetensors_metadata(name)
+            except NotASafetensorsRepoError:
+                raise UserError(f"{name}: no safetensors weights on the hub", _CONVERT.format(model=name)) from None
+        tensors = {}
+        for file, header in metadata.files_metadata.items():
+            for key, info in header.tensors.items():
+                tensors[key] = TensorHeader(key, info.dtype, tuple(info.shape), file, *info.data_offsets)
+        config = read_config(folder)
+        return cls(name, None, config, tensors, has_tokenizer(folder), read_chat_template(folder))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def files(self) -> list[str]:
+        """Weight files, sorted."""
+        return sorted({tensor.file for tensor in self.tensors.values()})
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The checkpoint's own quantisation settings; None when it is stored in plain floats."""
+        # compressed-tensors and multimodal checkpoints put them in the text config
+        text = self.config.get("text_config") or {}
+        return self.config.get("quantization_config") or text.get("quantization_config")
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether moesmith packed this checkpoint."""
+        return (self.quantization or {}).get("quant_method") == "moesmith"
+
+    @property
+    def marks_assistant(self) -> bool:
+        """Whether the chat template marks assistant tokens ({% generation %})."""
+        return self.chat_template is not None and re.search(r"\{%-?\s*generation\b", self.chat_template) is not None
+
+
+# ---------------------------------------------------------------- where a model is
+
+
+def local_folder(model: str | Path) -> Path | None:
+    """The folder `model` names, or None when it can only be a hub name. Raises UserError when it can be neither."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    text = str(model)
+    if path.is_file():
+        if path.suffix == ".gguf":
+            raise UserError(f"{path} is a GGUF file, not a model folder", _CONVERT_GGUF.format(file=path.name))
+        raise UserError(f"{path} is a file, wanted a model folder or a hub name", f"its folder is {path.parent}")
+    looks_like_hub = isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) is not None
+    if looks_like_hub and not path.parent.joinpath(path.name).exists():
+        return None
+    raise no_such_file(path)
+
+
+def resolve(model: str | Path) -> Path:
+    """A local folder holding the whole model, downloaded first if `model` is a hub name."""
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    from huggingface_hub import snapshot_download
+
+    with _HubErrors(str(model)):
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", INDEX, "config.json", *SIDE_FILES]))
+
+
+class _HubErrors:
+    """Turns what the hub client raises into one line about `name`."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None or isinstance(error, UserError):
+            return
+        import httpx
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.GatedRepoError):
+            raise UserError(
+                f"{self.name} asks for its licence to be accepted first",
+                f"accept it on the model's page, then `hf auth login` ({type(error).__name__})",
+            ) from None
+        if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)):
+            raise UserError(f"{self.name}: no such folder here and no such model on the hub") from None
+        if isinstance(error, errors.SafetensorsParsingError):
+            raise UserError(f"{self.name}: {' '.join(str(error).split())}") from None
+        unreachable = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, ConnectionError)
+        if isinstance(error, unreachable) or isinstance(error.__cause__, unreachable):
+            raise UserError(
+                f"{self.name}: no such folder here, and the hub cannot be reached",
+                "give the path of a model folder, or check the network (HF_HUB_OFFLINE, HF_ENDPOINT)",
+            ) from None
+
+
+# ---------------------------------------------------------------- config, tokenizer, template
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises UserError naming the file and line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})", "the file is damaged or incomplete: fetch it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder. Raises UserError when there is none."""
+    path = folder / "config.json"
+    if path.is_file():
+        return read_json(path)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} holds an adapter, not a model", f"moesmith chat --adapter {folder}")
+    inner = sorted(p.parent for p in folder.glob("*/config.json"))
+    hint = f"did you mean {inner[0]}?" if inner else "a model folder holds config.json and *.safetensors"
+    raise UserError(f"{folder}: no config.json", hint)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer's vocabulary."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+    return any((folder / name).is_file() for name in names)
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The chat template, wherever the checkpoint keeps it; the one called "default" where there are several."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            template = read_json(folder / name).get("chat_template")
+            if isinstance(template, list):
+                named = {entry.get("name"): entry.get("template") for entry in template}
+                template = named.get("default") or next(iter(named.values()), None)
+            if template:
+                return template
+    return None
+
+
+def side_files(folder: Path) -> list[Path]:
+    """Tokenizer, template, processor and generation files of a model folder, sorted."""
+    return sorted({path for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()})
+
+
+def check_architecture(config: dict[str, Any]) -> None:
+    """Raise UserError when the installed transformers has no class for this config."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    if not model_type:
+        raise UserError("config.json has no model_type", "it is not a transformers config")
+    if model_type in CONFIG_MAPPING:
+        return
+    version = transformers.__version__
+    if config.get("auto_map"):
+        raise UserError(
+            f"model_type {model_type!r} comes with its own code, which moesmith does not run (transformers {version})",
+            "models of transformers itself are supported: pip install -U transformers, if it has this one by now",
+        )
+    raise UserError(
+        f"model_type {model_type!r} is unknown to transformers {version}", "pip install -U transformers may bring it"
+    )
+
+
+# ---------------------------------------------------------------- safetensors headers
+
+_CONVERT = (
+    "convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
+    "M.from_pretrained('{model}').save_pretrained('converted')\""
+)
+_CONVERT_GGUF = (
+    "GGUF weights are already quantised: use the original checkpoint, or unpack with "
+    "from_pretrained(folder, gguf_file='{file}') and save its state_dict"
+)
+
+
+def read_headers(folder: Path, required: bool = True) -> dict[str, TensorHeader]:
+    """Every tensor's header, single file or sharded.
+
+    Raises:
+        UserError: no safetensors (unless `required` is False and there are no weights of another kind), a shard of the
+            index missing, cut short or not a safetensors file, a tensor of the index that its shard does not hold.
+    """
+    if (folder / SINGLE).is_file():
+        return read_header(folder / SINGLE)
+    if (folder / INDEX).is_file():
+        return _read_sharded(folder)
+    loose = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter"))
+    if loose:
+        raise UserError(
+            f"{folder} has {len(loose)} safetensors files but no {INDEX}", f"fetch {INDEX} too; found {loose[0]}"
+        )
+    gguf = sorted(folder.glob("*.gguf"))
+    if gguf:
+        raise UserError(f"{folder} holds GGUF weights, not safetensors", _CONVERT_GGUF.format(file=gguf[0].name))
+    pickled = [path for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
+    if pickled:
+        raise UserError(f"{folder} holds {pickled[0].name}, not safetensors", _CONVERT.format(model=folder))
+    if required:
+        raise UserError(f"{folder}: no weights (no {SINGLE} and no {INDEX})")
+    return {}
+
+
+def _read_sharded(folder: Path) -> dict[str, TensorHeader]:
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{folder / INDEX}: no weight_map")
+    files = sorted(set(weight_map.values()))
+    unsafe = [file for file in files if Path(file).name != file]
+    if unsafe:
+        raise UserError(f"{folder / INDEX} names {unsafe[0]!r}, which is not a file of this folder")
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} of {len(files)} shards missing, first {missing[0]}", "fetch the model again"
+        )
+    tensors = {name: header for file in files for name, header in read_header(folder / file).items()}
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise UserError(
+            f"{folder}: {INDEX} lists {absent[0]} in {weight_map[absent[0]]}, which does not hold it"
+            + (f" ({len(absent)} such tensors)" if len(absent) > 1 else ""),
+            "index and shards come from different saves: fetch both again",
+        )
+    return {name: tensors[name] for name in weight_map}
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """The header of one safetensors file, checked against the file's size. Raises UserError when they disagree."""
+    size = path.stat().st_size
+    again = "fetch the file again"
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
+            if prefix[:7] == b"version":  # the pointer file of git-lfs
+                raise UserError(f"{path} is a git-lfs pointer, not the weights", "git lfs pull")
+            what = "cut short" if 2 <= length <= HEADER_LIMIT else "not a safetensors file"
+            raise UserError(f"{path} is {what} ({size:,} bytes)", again)
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        entries.pop("__metadata__", None)
+        tensors = {
+            name: TensorHeader(
+                name,
+                entry["dtype"],
+                tuple(int(n) for n in entry["shape"]),
+                path.name,
+                8 + length + int(entry["data_offsets"][0]),
+                8 + length + int(entry["data_offsets"][1]),
+            )
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise UserError(f"{path} has a damaged header", again) from None
+    for tensor in tensors.values():
+        bits = DTYPE_BITS.get(tensor.dtype)
+        wanted = None if bits is None else -(-tensor.numel * bits // 8)
+        if tensor.start < 8 + length or (wanted is not None and tensor.nbytes != wanted):
+            raise UserError(f"{path} has a damaged header: {tensor.name} {tensor.dtype} {list(tensor.shape)}", again)
+    end = max((tensor.end for tensor in tensors.values()), default=0)
+    if end > size:
+        raise UserError(f"{path} is cut short: {size:,} of {end:,} bytes", again)
+    return tensors
+
+
+# ---------------------------------------------------------------- the same base?
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash that two equal models share: which base an adapter belongs to. Reads a few kB per tensor at most.
+
+    Args:
+        model: a live model, packed or not, before its first forward; adapters on it are left out. Or the folder of a
+            packed model, which gives the same hash as the model loaded from it. A 16-bit folder and the model packed
+            from it differ: packing is part of what is hashed.
+
+    It covers the architecture, top-k, the storage scheme, and of every tensor its shape and 16 small samples: packed
+    bytes as they are, floats rounded to bf16, so the dtype a model is loaded in does not matter. Names are left out:
+    transformers renames some tensors between disk and memory.
+    """
+    is_folder = isinstance(model, (str, Path))
+    if is_folder:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model)
+        samples = _samples_on_disk(Path(model))
+    else:
+        config = model.config
+        samples = _samples_live(model)
+    text = config.get_text_config()
+    packing = getattr(config, "quantization_config", None) or {}
+    packing = packing if isinstance(packing, dict) else packing.to_dict()
+    essentials = {
+        "model_type": text.model_type,
+        "top_k": getattr(text, "num_experts_per_tok", None),
+        **{key: packing.get(key) for key in ("quant_method", "scheme", "double_quant", "linears")},
+    }
+    digest = hashlib.sha256(json.dumps(essentials, sort_keys=True).encode())
+    for sample in sorted(samples):
+        digest.update(sample)
+    return digest.hexdigest()[:32]
+
+
+def base_record(model: Any, path: str | Path) -> dict[str, Any]:
+    """What an adapter's `moesmith.json` says under "base": where the packed model is and how to recognise it."""
+    packing = getattr(model.config, "quantization_config", None) or {}
+    packing = packing if isinstance(packing, dict) else packing.to_dict()
+    settings = {key: packing.get(key) for key in ("scheme", "linears", "double_quant", "blocksize")}
+    return {"path": str(path), **settings, "fingerprint": fingerprint(model)}
+
+
+SAMPLES, SAMPLE_ELEMENTS = 16, 8
+_NOT_HASHED = re.compile(r"lora_|modules_to_save|\.quant_state\.|quant_map$")
+
+
+def _offsets(numel: int) -> list[int]:
+    """Where to sample: spread evenly, both ends included."""
+    last = max(numel - SAMPLE_ELEMENTS, 0)
+    return sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
+
+
+def _digest_tensor(shape: tuple[int, ...], values: torch.Tensor) -> bytes:
+    import torch
+
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    data = values.contiguous().view(torch.uint8).numpy().tobytes()
+    kind = "float" if values.is_floating_point() else str(values.dtype)
+    return hashlib.sha256(f"{kind} {[n for n in shape if n != 1]}".encode() + data).digest()
+
+
+def _samples_live(model: torch.nn.Module) -> Iterator[bytes]:
+    import torch
+
+    seen = set()
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor) or _NOT_HASHED.search(name) or tensor.numel() == 0:
+            continue
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        if place in seen:  # tied weights are stored once
+            continue
+        seen.add(place)
+        flat = tensor.detach().reshape(-1)
+        parts = [flat[start : start + SAMPLE_ELEMENTS] for start in _offsets(flat.numel())]
+        yield _digest_tensor(tuple(tensor.shape), torch.cat(parts).cpu())
+
+
+def _samples_on_disk(folder: Path) -> Iterator[bytes]:
+    import torch
+
+    dtypes = {
+        "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
+        "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "F64": torch.float64,
+    }  # fmt: skip
+    for name, header in read_headers(folder).items():
+        if _NOT_HASHED.search(name) or header.numel == 0:
+            continue
+        if header.dtype not in dtypes:
+            raise UserError(f"{folder}: {name} is stored as {header.dtype}, which moesmith does not read")
+        width = DTYPE_BITS[header.dtype] // 8
+        chunks = []
+        with open(folder / header.file, "rb") as file:
+            for start in _offsets(header.numel):
+                file.seek(header.start + start * width)
+                chunks.append(file.read(min(SAMPLE_ELEMENTS, header.numel) * width))
+        values = torch.frombuffer(bytearray(b"".join(chunks)), dtype=dtypes[header.dtype])
+        yield _digest_tensor(header.shape, values)

@@ -1,0 +1,2 @@
+def can_quantize(*a): return False
+def can_dequantize(*a): return False

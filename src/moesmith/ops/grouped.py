@@ -1,0 +1,151 @@
+"""Rows grouped by expert times packed expert matrices: forward and backward, one autograd function.
+
+The packed weights are frozen. Nothing dequantised is kept: backward unpacks again from the same bytes, so activation memory does
+not grow with the number of experts and no tensor of stack size exists in either direction. A low-rank adapter is applied in
+activation space. Which code runs is chosen per call by device, dtype and size; all of them compute what `reference.grouped_linear`
+says.
+"""
+
+# R routed rows, E experts, r adapter rank; the stack is (E, out, in), or (E, in, out) if transposed
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import cpu, cuda, loop
+from .stack import PackedStack
+
+
+@dataclass
+class Lora:
+    """A low-rank delta per expert: scaling * B_e A_e is added to the matrix of expert e."""
+
+    A: Tensor
+    """(E, r, in)."""
+    B: Tensor
+    """(E, out, r); may be a non-contiguous view."""
+    scaling: float = 1.0
+
+
+def grouped_linear(
+    x: Tensor,
+    stack: PackedStack,
+    offsets: Sequence[int] | Tensor,
+    lora: Lora | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """x (R, in), rows of expert e at offsets[e]:offsets[e+1], times that expert's matrix -> (R, out) in x's dtype.
+
+    Gradients reach x and the adapter; experts without rows get zero adapter gradients. `transposed` says the stack is
+    (E, in, out). A Tensor of offsets costs a host sync. ValueError if the shapes do not fit together.
+    """
+    bounds = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    _check(x, stack, bounds, lora, transposed)
+    if lora is None:
+        return _GroupedLinear.apply(x, None, None, 1.0, stack, bounds, transposed)
+    return _GroupedLinear.apply(x, lora.A, lora.B, float(lora.scaling), stack, bounds, transposed)
+
+
+def _check(x: Tensor, stack: PackedStack, bounds: list[int], lora: Lora | None, transposed: bool) -> None:
+    experts, rows, columns = stack.shape
+    wide_in, wide_out = (rows, columns) if transposed else (columns, rows)
+    if x.dim() != 2 or x.shape[1] != wide_in:
+        raise ValueError(f"x is {tuple(x.shape)}; a stack {stack.shape} with transposed={transposed} wants (R, {wide_in})")
+    if len(bounds) != experts + 1 or bounds[0] != 0 or bounds[-1] != len(x):
+        raise ValueError(
+            f"offsets has {len(bounds)} entries from {bounds[0]} to {bounds[-1]}; "
+            f"wanted {experts + 1} from 0 to {len(x)} (one boundary per expert, covering every row)"
+        )
+    if lora is not None:
+        rank = lora.A.shape[1] if lora.A.dim() == 3 else -1
+        if lora.A.shape != (experts, rank, wide_in) or lora.B.shape != (experts, wide_out, rank):
+            raise ValueError(
+                f"adapter A {tuple(lora.A.shape)}, B {tuple(lora.B.shape)} do not fit; "
+                f"wanted ({experts}, r, {wide_in}) and ({experts}, {wide_out}, r)"
+            )
+
+
+def _project(x: Tensor, stack: PackedStack, offsets: list[int], over_columns: bool, extra: loop.Extra = None) -> Tensor:
+    """Per expert x @ W^T (over_columns: contract the stack's last dimension) or x @ W, plus rows @ mats of `extra`."""
+    if x.is_cuda:
+        return cuda.project(x, stack, offsets, over_columns, extra)
+    if cpu.can_project(x, stack):
+        return cpu.project(x, stack, offsets, over_columns, extra)
+    return loop.project(x, stack, offsets, over_columns, extra)
+
+
+def _gram(p: Tensor, q: Tensor, offsets: list[int], dtype: torch.dtype, like: PackedStack) -> Tensor:
+    """Per expert p^T q: (R, r), (R, m) -> (E, r, m) in `dtype`; zero for experts without rows."""
+    if p.is_cuda:
+        return cuda.gram(p, q, offsets, dtype)
+    if cpu.can_project(q, like):
+        return cpu.gram(p, q, offsets, dtype)
+    return loop.gram(p, q, offsets, dtype)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: float,
+        stack: PackedStack,
+        offsets: list[int],
+        transposed: bool,
+    ) -> Tensor:
+        x = x.contiguous()
+        ctx.stack, ctx.offsets, ctx.transposed, ctx.scaling = stack, offsets, transposed, scaling
+        if lora_a is None or lora_b is None:
+            ctx.save_for_backward(None, None, None, None)
+            return _project(x, stack, offsets, over_columns=not transposed)
+        a = PackedStack(lora_a.to(x.dtype).contiguous(), scheme="bf16")
+        low_Rr = _project_low_rank(x, a, offsets, stack).mul_(scaling)
+        # B arrives as PEFT stores it, expert fastest: this is its one contiguous copy, rank-major for the kernels
+        b_ErO = lora_b.transpose(1, 2).to(x.dtype).contiguous()
+        y = _project(x, stack, offsets, not transposed, (low_Rr, b_ErO))
+        wants_a, wants_b = ctx.needs_input_grad[1:3]
+        ctx.save_for_backward(x if wants_a else None, low_Rr if wants_b else None, lora_a, lora_b)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        x, low_Rr, lora_a, lora_b = ctx.saved_tensors
+        stack, offsets, over_columns = ctx.stack, ctx.offsets, ctx.transposed
+        wants_x, wants_a, wants_b = ctx.needs_input_grad[:3]
+        grad_y = grad_y.contiguous()
+        grad_x = grad_a = grad_b = None
+        if lora_a is None:
+            if wants_x:
+                grad_x = _project(grad_y, stack, offsets, over_columns)
+            return grad_x, *[None] * 6
+        if wants_x or wants_a:
+            b = PackedStack(lora_b.transpose(1, 2).to(grad_y.dtype).contiguous(), scheme="bf16")
+            low_grad_Rr = _project_low_rank(grad_y, b, offsets, stack).mul_(ctx.scaling)
+            if wants_x:
+                a_ErI = lora_a.to(grad_y.dtype).contiguous()
+                grad_x = _project(grad_y, stack, offsets, over_columns, (low_grad_Rr, a_ErI))
+            if wants_a:
+                grad_a = _gram(low_grad_Rr, x, offsets, lora_a.dtype, stack)
+        if wants_b:
+            grad_b = _gram(low_Rr, grad_y, offsets, lora_b.dtype, stack).transpose(1, 2)
+        return grad_x, grad_a, grad_b, *[None] * 4
+
+
+def _project_low_rank(x: Tensor, small: PackedStack, offsets: list[int], like: PackedStack) -> Tensor:
+    """x times a small stack (E, r, in), transposed: takes the same road as the large stack `like`."""
+    if x.is_cuda:
+        return cuda.project(x, small, offsets, over_columns=True)
+    if cpu.can_project(x, like):
+        return cpu.project(x, small, offsets, over_columns=True)
+    return loop.project(x, small, offsets, over_columns=True)

@@ -91,7 +91,8 @@ def emit(bench: str, setting: Mapping[str, Any], figures: Mapping[str, Any], **m
         "command": shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "setting": dict(setting),
         "figures": {
-            key: round(value, 6) if isinstance(value, float) else value for key, value in figures.items()
+            key: float(f"{value:.6g}") if isinstance(value, float) else value
+            for key, value in figures.items()
         },
         **more,
     }

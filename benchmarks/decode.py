@@ -1,8 +1,8 @@
 """One token through one OLMoE layer on the CPU: the step that bounds decoding speed.
 
 E=64, H=2048, I=1024, top-8, NF4, LoRA r=8 running. Compared in turns with the decode loop of
-experts4bit-qlora 0.58.1 and with the bandwidth floor: the packed bytes of 8 experts over the memory read rate
-of the same run. Successive calls route to different experts, so that all 64 are read in turn and none stays in
+experts4bit-qlora 0.58.1 and with the bandwidth floor: the packed bytes of 8 experts over the read rate of the
+same run. Successive calls route to different experts, so that all 64 are read in turn and none stays in
 cache.
 
     python benchmarks/decode.py [--small] [--rounds 9] [--threads 1 2] [--dtypes bf16 fp32]
@@ -73,8 +73,16 @@ def main() -> None:
                     apart = differences(Path(folder), ours, rival, gradients=False)["out"]
                     figures = measure(ours, rival, token_bytes, args.calls, args.rounds)
                     setting = sizes | {"tokens": 1, "dtype": dtype, "threads": threads, "rival": RIVAL}
-                    emit("decode", setting, figures | {"difference": apart}, rounds=args.rounds, calls=args.calls)
-                    milliseconds = [figures[key] * 1e3 for key in ("ours_seconds", "rival_seconds", "floor_seconds")]
+                    emit(
+                        "decode",
+                        setting,
+                        figures | {"difference": apart},
+                        rounds=args.rounds,
+                        calls=args.calls,
+                    )
+                    milliseconds = [
+                        figures[key] * 1e3 for key in ("ours_seconds", "rival_seconds", "floor_seconds")
+                    ]
                     lines.append(
                         (dtype, threads, *milliseconds, figures["read_bytes_per_second"] / 1e9)
                         + (figures["times_faster"], figures["share_of_floor"], apart)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from common import RIVAL, Worker, arguments, emit, in_turns, rival_python, say, summary, table
 from layer_worker import pack_layer
 
@@ -39,7 +40,9 @@ def differences(folder: Path, ours: Worker, rival: Worker, gradients: bool = Tru
     return apart
 
 
-def measure(ours: Worker, rival: Worker, sizes: dict[str, int], tokens: int, dtype: str, rounds: int) -> dict[str, Any]:
+def measure(
+    ours: Worker, rival: Worker, sizes: dict[str, int], tokens: int, dtype: str, rounds: int
+) -> dict[str, Any]:
     """Figures of both sides and of plain GEMMs, timed in turns."""
     rows = tokens * sizes["K"]
     gemm = {"rows": rows // sizes["E"], "matrices": sizes["E"], "dtype": dtype, "size": sizes["H"]}
@@ -101,15 +104,32 @@ def main() -> None:
                     figures = measure(ours, rival, sizes, args.tokens, dtype, args.rounds)
                     figures |= {"largest_difference": apart[worst], "largest_difference_in": worst}
                     setting = sizes | {"tokens": args.tokens, "threads": threads}
-                    emit("layer_step", setting | {"dtype": dtype, "rival": RIVAL}, figures, rounds=args.rounds)
+                    emit(
+                        "layer_step", setting | {"dtype": dtype, "rival": RIVAL}, figures, rounds=args.rounds
+                    )
                     timed = [f"{s}_{p}_s" for s in ("ours", "rival") for p in ("forward", "backward")]
                     lines.append(
                         (dtype, threads, *(figures[key] for key in timed), figures["times_faster"])
-                        + (figures["gemm_flops_per_second"] / 1e9, figures["share_of_gemm_rate"], apart[worst])
+                        + (
+                            figures["gemm_flops_per_second"] / 1e9,
+                            figures["share_of_gemm_rate"],
+                            apart[worst],
+                        )
                     )
     say("seconds, best of the rounds")
     table(
-        ("dtype", "threads", "fwd", "bwd", "rival fwd", "rival bwd", "x faster", "GEMM GFLOP/s", "share", "diff"),
+        (
+            "dtype",
+            "threads",
+            "fwd",
+            "bwd",
+            "rival fwd",
+            "rival bwd",
+            "x faster",
+            "GEMM GFLOP/s",
+            "share",
+            "diff",
+        ),
         lines,
     )
 

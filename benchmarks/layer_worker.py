@@ -143,7 +143,7 @@ class Layer:
             tensors |= {"x.grad": self.x.grad, "weights.grad": self.weights.grad}
             tensors |= {name + ".grad": p.grad for name, p in self.adapters()}
         torch.save({name: tensor.float() for name, tensor in tensors.items()}, path)
-        return {}
+        return {"dtype": next(name for name, dtype in DTYPES.items() if dtype == self.dtype)}
 
     def gemm(self, rows: int, matrices: int, dtype: str, size: int = 2048) -> dict[str, Any]:
         """Rate of plain torch.mm, (rows, size) @ (size, size), FLOP/s, a new matrix each time."""

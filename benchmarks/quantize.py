@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, Worker, emit, in_turns, say, serve, summary, table
+from common import Worker, arguments, emit, in_turns, say, serve, summary, table
 
 BLOCKSIZE = 64
 

@@ -166,5 +166,5 @@ def test_sizes(value, text):
 
 
 def test_counts_and_durations():
-    assert [console.count(n) for n in (999, 6_919_161_856, 135e6)] == ["999", "6.9 B", "135 M"]
+    assert [console.count(n) for n in (999, 6_919_161_856, 135e6)] == ["999", "6.92 B", "135 M"]
     assert [console.duration(s) for s in (0.42, 41, 185, 6730)] == ["0.4 s", "41 s", "3:05", "1:52:10"]

@@ -182,11 +182,11 @@ def size(nbytes: float) -> str:
 
 
 def count(n: float) -> str:
-    """A number of parameters or tokens: 25_800_000_000 -> '25.8 B', 135_000_000 -> '135 M'."""
+    """A number of parameters or tokens, three digits: 25_800_000_000 -> '25.8 B', 1_280_000_000 -> '1.28 B'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= scale * 0.9995:
             value = n / scale
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+            return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
     return f"{n:,.0f}"
 
 

@@ -59,6 +59,8 @@ class Conversation:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     plain: tuple[str, str] | None = None
     """(prompt, completion) as raw text"""
+    kind: str = "messages"
+    """the columns it came from"""
 
 
 # ---------------------------------------------------------------- from columns to messages
@@ -79,7 +81,7 @@ def conversation(
     """
     kind = detect(row) if format == "auto" else format
     if kind == "text":
-        return Conversation(plain=("", _text(row, "text")))
+        return Conversation(plain=("", _text(row, "text")), kind=kind)
     if kind == "messages":
         column = next((name for name in MESSAGES if row.get(name)), None)
         if column is None:
@@ -93,7 +95,7 @@ def conversation(
                 raise RowError("not text", "data.apply_template=false wants prompt and completion as strings")
             if not completion:
                 raise RowError("nothing to learn", "the completion is empty")
-            return Conversation(plain=(prompt, completion))
+            return Conversation(plain=(prompt, completion), kind=kind)
         before = _messages(prompt, "prompt") if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         if isinstance(row.get("system"), str) and row["system"]:
             before = [{"role": "system", "content": row["system"]}, *before]
@@ -108,6 +110,7 @@ def conversation(
         learn=learned_turns(messages, train_on, first_learned),
         tools=_json_column(row, "tools"),
         template_kwargs=_json_column(row, "chat_template_kwargs") or {},
+        kind=kind,
     )
 
 
@@ -373,7 +376,7 @@ def _missing_end(tokenizer: PreTrainedTokenizerBase, talk: Conversation, text: s
 
 
 def _ends_with_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return any(text.endswith(token) for token in special_tokens(tokenizer))
+    return text.endswith(special_tokens(tokenizer))
 
 
 def _check_said(message: Message, turn: str) -> None:
@@ -409,10 +412,10 @@ def has_markers(template: str) -> bool:
 
 
 @functools.lru_cache(maxsize=8)
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Text of the tokens that are not learned from text: end of turn, end of text, roles."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Text of the tokens that stand for themselves (end of turn, end of text, roles), longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    return frozenset(added | set(tokenizer.all_special_tokens))
+    return tuple(sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True))
 
 
 def _difference(a: str, b: str) -> str:

@@ -1,4 +1,7 @@
-"""From a dataset to counted examples: read, convert, mask, cut, hold some out. Every row is kept or counted by reason."""
+"""From a dataset to counted examples: read, convert, mask, cut, hold some out.
+
+Every row is either kept or counted under the reason it was dropped for.
+"""
 
 from __future__ import annotations
 
@@ -71,6 +74,8 @@ class Counts:
     tokens: int = 0
     learned: int = 0
     longest: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    """kept rows by the columns they came from"""
 
     def drop(self, reason: str, row: int, detail: str) -> None:
         """Count a dropped row."""
@@ -149,7 +154,7 @@ def to_examples(
         counts.read += 1
         columns = columns or list(row.value)
         try:
-            example, cut = _example(row, tokenizer, cfg)
+            example, cut, kind = _example(row, tokenizer, cfg)
         except RowError as error:
             counts.drop(error.reason, row.number, error.detail)
             continue
@@ -160,6 +165,7 @@ def to_examples(
         counts.duplicates += key in seen
         seen.add(key)
         counts.truncated += cut
+        counts.kinds[kind] += 1
         counts.tokens += len(example)
         counts.learned += example.learned
         counts.longest = max(counts.longest, len(example))
@@ -169,12 +175,13 @@ def to_examples(
     return examples, counts
 
 
-def _example(row: Row, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> tuple[Example, bool]:
+def _example(row: Row, tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> tuple[Example, bool, str]:
     if row.problem:
         raise RowError(row.problem, row.detail)
     talk = conversation(row.value, cfg.format, cfg.train_on, cfg.apply_template)
     talk.template_kwargs = {**cfg.template_kwargs, **talk.template_kwargs}
-    return fit(tokenize(tokenizer, talk, row.number), cfg.max_length, cfg.too_long)
+    example, cut = fit(tokenize(tokenizer, talk, row.number), cfg.max_length, cfg.too_long)
+    return example, cut, talk.kind
 
 
 def _nothing_kept(counts: Counts, source: str, columns: list[str]) -> UserError:
@@ -248,7 +255,8 @@ def describe(prepared: Prepared, train_on: TrainOn) -> Iterator[str]:
     """The counts as lines for the terminal."""
     counts = prepared.counts
     yield _sum(counts)
-    learned = {"last_assistant": "last assistant turn", "all_assistant": "all assistant turns"}[train_on]
+    what = {"messages": LEARNED[train_on], "text": "every token"}
+    learned = " and ".join(dict.fromkeys(what.get(kind, "completions") for kind, _ in counts.kinds.most_common()))
     line = f"{_short(counts.tokens)} tokens, {_short(counts.learned)} trained ({learned})"
     if prepared.held_out and prepared.eval_counts is None:
         share = 100 * len(prepared.held_out) / counts.kept
@@ -272,6 +280,8 @@ def _sum(counts: Counts) -> str:
         line += " · dropped: " + ", ".join(parts)
     return line
 
+
+LEARNED = {"last_assistant": "last assistant turn", "all_assistant": "all assistant turns"}
 
 # Reasons that point at something to repair, so the first row is named.
 SHOW_FIRST = ("not JSON", "not an object", "bad roles", "template failed", "not text", "columns missing")

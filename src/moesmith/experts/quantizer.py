@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    _IdentityOp,
+)
 from transformers.integrations.bitsandbytes import (
     Bnb4bitDeserialize,
     Bnb4bitQuantize,
@@ -40,6 +47,7 @@ from .storage import (
     packed_parameters,
     packed_placeholder,
     scheme_of,
+    stack,
     weight_names,
 )
 
@@ -195,7 +203,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
         conversions = [c for c in weight_conversions if not (self.pre_quantized and self._builds_packed(c, model))]
         conversions = super().update_weight_conversions(conversions, model)
-        return [self._streamed(c) if self._builds_packed(c, model) else c for c in conversions]
+        return [self._for_packed(c) if self._builds_packed(c, model) else c for c in conversions]
 
     def get_load_operations(self) -> dict:
         deserialize = {"nf4": Bnb4bitDeserialize, "int8": Bnb8bitDeserialize}
@@ -214,15 +222,24 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
             for weight in weight_names(module)
         )
 
-    def _streamed(self, conversion: WeightConverter) -> WeightConverter:
-        """Per-expert checkpoints: pack each expert as it is read instead of building the 16-bit stack first."""
-        kinds = [type(op) for op in conversion.operations]
-        merged = kinds[:1] == [MergeModulelist] and conversion.operations[0].dim == 0
-        joined = kinds[1:] == [] or (kinds[1:] == [Concatenate] and conversion.operations[1].dim == 1)
-        if not (merged and joined and len(conversion.target_patterns) == 1):
+    def _for_packed(self, conversion: WeightConverter) -> WeightConverter:
+        """The same conversion, ending in a packed stack.
+
+        Per-expert checkpoints pack each expert as it is read instead of building the 16-bit stack first; a transpose
+        that looks at the shape of the model's parameter looks at the logical one.
+        """
+        operations = conversion.operations
+        kinds = [type(op) for op in operations]
+        merged = kinds[:1] == [MergeModulelist] and operations[0].dim == 0
+        joined = kinds[1:] == [] or (kinds[1:] == [Concatenate] and operations[1].dim == 1)
+        if merged and joined and len(conversion.target_patterns) == 1:
+            operations = [PackWhileMerging(self)]
+        elif Transpose in kinds:
+            operations = [TransposeToLogical(op) if isinstance(op, Transpose) else op for op in operations]
+        else:
             return conversion
         sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-        return conversion.copy(sources, targets, operations=[PackWhileMerging(self)])
+        return conversion.copy(sources, targets, operations=operations)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any):
         super()._process_model_after_weight_loading(model, **kwargs)
@@ -271,6 +288,20 @@ class PackOnLoad(ConversionOps):
                 packed = pack_stack(value, self.quantizer.quantization_config, name, self.quantizer.damaged)
                 result |= {prefix + key: p for key, p in packed_parameters(weight, packed).items()}
         return result
+
+
+class TransposeToLogical(Transpose):
+    """`Transpose` that compares with a packed stack's logical shape instead of the shape of its codes."""
+
+    def __init__(self, op: Transpose):
+        super().__init__(op.dim0, op.dim1, op.check_dims)
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any):
+        tensor = next(iter(input_dict.values()))
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        wanted = stack(*get_module_from_name(model, full_layer_name)).shape
+        self_or_turned = Transpose(self.dim0, self.dim1) if tuple(tensor.shape) != wanted else _IdentityOp()
+        return self_or_turned.convert(input_dict, *args, model=model, full_layer_name=full_layer_name, **kwargs)
 
 
 class PackWhileMerging(ConversionOps):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from moesmith.models.checkpoint import Checkpoint
+    from moesmith.models.layers import MoELayer
 
 POSITIONAL = ("model",)
 JSON = True
@@ -64,18 +65,20 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.utils import logging
 
-    known = CONFIG_MAPPING[config["model_type"]].from_dict(config)
-    names = [name for name in config.get("architectures") or [] if hasattr(transformers, name)]
+    from moesmith.models.checkpoint import model_class
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        known = CONFIG_MAPPING[config["model_type"]].from_dict(config)
         with torch.device("meta"):
-            if names:
-                return getattr(transformers, names[0])._from_config(known, dtype=torch.bfloat16)
-            return transformers.AutoModelForCausalLM.from_config(known, dtype=torch.bfloat16)
+            return model_class(config)._from_config(known, dtype=torch.bfloat16)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
-            f"transformers {transformers.__version__} cannot build this {config['model_type']} config: {error}",
+            f"transformers {transformers.__version__} cannot build this {config['model_type']} config: "
+            + str(error).split("\n")[0][:200],
             "config.json may come from another version; compare its transformers_version",
         ) from error
     finally:
@@ -166,30 +169,31 @@ def dissect(model: nn.Module, blocksize: int = 64) -> Anatomy:
     from torch import nn
 
     from moesmith.experts.storage import named_experts
-    from moesmith.models.layers import moe_layers
+    from moesmith.models.layers import moe_layers, submodule
 
     config = model.config.get_text_config()
     anatomy = Anatomy(config.model_type, getattr(config, "num_hidden_layers", 0))
     layers = moe_layers(model)
+    top_k = {layer.experts: layer.top_k for layer in layers}
     anatomy.moe_layers = len({_block(layer.name) for layer in layers})
     anatomy.num_experts = sorted({layer.num_experts for layer in layers})
     anatomy.top_k = sorted({layer.top_k for layer in layers})
     anatomy.beside = _beside(model, layers)
 
     taken: set[int] = set()
-    top_k = {id(layer.experts): layer.top_k for layer in layers}
     for name, module in named_experts(model):
-        _add_experts(anatomy, name, module, top_k.get(id(module)), blocksize, taken)
+        _add_experts(anatomy, name, module, top_k[name], blocksize, taken)
     if not layers:
         anatomy.outside = _undecorated(model)
+        if anatomy.outside:
+            _add(anatomy, "experts", _out_of_reach(model), taken)
 
     for layer in layers:
-        _add(anatomy, "routers", layer.router.parameters() if layer.router is not None else (), taken)
-    if layers and layers[0].router is not None:
-        prefix = next(name for name, module in model.named_modules() if module is layers[0].router)
-        label = prefix.rpartition(".")[2]
-        names = [label + "." + name for name, _ in layers[0].router.named_parameters()]
-        anatomy.routers = [name.removesuffix(".weight") for name in names]
+        router = submodule(model, layer.router)
+        _add(anatomy, "routers", router.parameters(), taken)
+        names = [f"{layer.router.rpartition('.')[2]}.{name}" for name, _ in router.named_parameters()]
+        anatomy.routers += [name.removesuffix(".weight") for name in names]
+    anatomy.routers = list(dict.fromkeys(anatomy.routers))
 
     towers = {id(p) for tower in _towers(model, config) for p in tower.parameters()}
     anatomy.towers = sum({id(p): p.numel() for p in model.parameters() if id(p) in towers}.values())
@@ -209,7 +213,7 @@ def dissect(model: nn.Module, blocksize: int = 64) -> Anatomy:
                 for title, _, double_quant, scheme in COLUMNS:
                     size = _linear_bytes(module.weight, scheme, double_quant)
                     anatomy.linear_bytes[title] = anatomy.linear_bytes.get(title, 0) + size
-    _add(anatomy, "norms and others", model.parameters(), taken)
+    _add(anatomy, "norms", model.parameters(), taken)
     for title, *_ in COLUMNS:
         anatomy.expert_bytes.setdefault(title, 0)
         anatomy.linear_bytes.setdefault(title, 0)
@@ -224,7 +228,7 @@ def _add(anatomy: Anatomy, kind: str, parameters: Any, taken: set[int]) -> None:
 
 
 def _add_experts(
-    anatomy: Anatomy, name: str, module: nn.Module, top_k: int | None, blocksize: int, taken: set[int]
+    anatomy: Anatomy, name: str, module: nn.Module, top_k: int, blocksize: int, taken: set[int]
 ) -> None:
     """Count one experts module's stacks; its biases and norms follow their experts but stay in 16 bits."""
     from moesmith.experts.storage import packed_placeholder, weight_names
@@ -238,7 +242,7 @@ def _add_experts(
         size = parameter.numel()
         anatomy.experts += size
         num_experts = parameter.shape[0] if key in weights or key.endswith("_bias") else None
-        anatomy.active_experts += size * top_k / num_experts if top_k and num_experts else size
+        anatomy.active_experts += size * top_k / num_experts if num_experts else size
         block = pick_blocksize(parameter.shape[-1], blocksize) if key in weights else None
         if block is not None:
             anatomy.matrices += parameter.shape[0] * (2 if key == "gate_up_proj" else 1)
@@ -297,32 +301,40 @@ def _block(name: str) -> str:
     return match.group(1) if match else name
 
 
-def _beside(model: nn.Module, layers: list[Any]) -> list[str]:
-    """What stands next to the routed experts: a shared expert in the same block, a dense MLP in the same layer."""
-    found: Counter = Counter()
-    modules = dict(model.named_modules())
-    for block in {_block(layer.name) for layer in layers}:
-        names = {name[len(block) + 1 :] for name in modules if name.startswith(block + ".")}
-        leaves = {name.rpartition(".")[2] for name in names}
-        experts = [layer for layer in layers if _block(layer.name) == block]
-        if leaves & {"shared_expert", "shared_experts", "shared_mlp"}:
-            found["shared expert"] += 1
-        # a feed-forward of the layer that does not contain the experts
-        mlp = next((n for n in ("mlp", "feed_forward", "dense_mlp") if n in names), None)
-        inside = any(module is layer.experts for layer in experts for module in modules[f"{block}.{mlp}"].modules()) if mlp else True
-        if not inside:
-            found["dense MLP"] += 1
-    return sorted(found)
+def _beside(model: nn.Module, layers: list[MoELayer]) -> list[str]:
+    """What every token runs through beside the routed experts, in a layer that has them."""
+    from moesmith.models.layers import adapter_targets
+
+    found = []
+    with_experts = {_block(layer.name) for layer in layers}
+    for placement, words in (("shared_experts", "shared expert"), ("dense_mlp", "dense MLP")):
+        with contextlib.suppress(UserError):  # the model has none
+            modules, parameters = adapter_targets(model, [placement])
+            if any(_block(name) in with_experts for name in modules + parameters):
+                found.append(words)
+    return found
 
 
 def _undecorated(model: nn.Module) -> str | None:
-    """The class of experts that transformers does not dispatch, so that moesmith cannot reach them; None if there are none."""
+    """The class of experts that transformers does not dispatch, so that moesmith cannot reach them, if there is one."""
+    return next((type(module).__name__ for module in _foreign_experts(model)), None)
+
+
+def _foreign_experts(model: nn.Module) -> list[nn.Module]:
+    found = []
     for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        named = leaf == "experts" or type(module).__name__.endswith(("Experts", "ExpertMLP"))
-        if named and sum(p.numel() for p in module.parameters()):
-            return type(module).__name__ if type(module).__module__.startswith("transformers") else leaf
-    return None
+        named = name.rpartition(".")[2] == "experts" or type(module).__name__.endswith("Experts")
+        if named and any(True for _ in module.parameters()):
+            found.append(module)
+    return found
+
+
+def _out_of_reach(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of experts outside the interface that are not an nn.Linear's either."""
+    from torch import nn
+
+    linears = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+    return [p for module in _foreign_experts(model) for p in module.parameters() if id(p) not in linears]
 
 
 # ---------------------------------------------------------------- the files
@@ -366,6 +378,8 @@ def check_disk(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
 
 # ---------------------------------------------------------------- the words
 
+WIDTH = 17  # of the labels
+
 
 def show(facts: dict[str, Any], anatomy: Anatomy) -> None:
     """The page a person reads."""
@@ -383,82 +397,81 @@ def show(facts: dict[str, Any], anatomy: Anatomy) -> None:
         console.say("no weights in this folder: every figure follows from config.json")
 
     active = f", {console.count(anatomy.active)} active per token" if anatomy.experts else ""
-    towers = f"; {console.count(anatomy.towers)} of the total in vision or audio towers" if anatomy.towers else ""
-    text = f"{console.count(anatomy.total)} total{active} (embeddings counted{towers})"
-    console.row("parameters", text, width=13)
-    console.say()
+    towers = f", {console.count(anatomy.towers)} of them in vision or audio towers" if anatomy.towers else ""
+    text = f"{console.count(anatomy.total)} total{towers}{active} (embeddings counted)"
+    console.row("parameters", text, WIDTH)
     _show_bytes(facts["bytes"], anatomy)
-    console.say()
     _show_packing(anatomy)
     _show_disk(facts["disk"], anatomy)
     _show_next(facts)
 
 
 def _show_bytes(schemes: dict[str, Any], anatomy: Anatomy) -> None:
-    titles = [title for title, *_ in COLUMNS] if anatomy.experts else ["16-bit", "nf4", "int8"]
-    rows = []
+    """Experts packed, linears left alone; the last line with linears packed too."""
+
+    def line(label: str, key: str, skip_first: bool = False) -> list[str]:
+        cells = [console.size(schemes[title][key]) for title in titles]
+        return [label, *([""] + cells[1:] if skip_first else cells)]
+
     if anatomy.experts:
-        rows.append(["experts", *(console.size(schemes[t]["experts"]) for t in titles)])
-    key = "linears" if anatomy.experts else "linears_packed"
-    rows.append(["linears", *(console.size(schemes[t][key]) for t in titles)])
-    rows.append(["the rest", *(console.size(schemes[t]["rest"]) for t in titles)])
-    key = "total" if anatomy.experts else "total_with_linears_packed"
-    rows.append(["total", *(console.size(schemes[t][key]) for t in titles)])
-    if anatomy.experts:
-        packed = [console.size(schemes[t]["total_with_linears_packed"]) for t in titles]
-        rows.append(["linears packed too", "", *packed[1:]])
-    console.table(["", *titles], rows, label_width=11)
+        titles = [title for title, *_ in COLUMNS]
+        rows = [line("experts", "experts"), line("linears", "linears"), line("the rest", "rest"), line("total", "total")]
+        rows.append(line("  linears too", "total_with_linears_packed", skip_first=True))
+    else:
+        titles = ["16-bit", "nf4", "int8"]
+        rows = [line("linears", "linears_packed"), line("the rest", "rest"), line("total", "total_with_linears_packed")]
+    console.say()
+    console.table(["", *titles], rows, label_width=WIDTH - 2)
+    console.say()
 
 
 def _show_packing(anatomy: Anatomy) -> None:
     if anatomy.matrices:
         sizes = ", ".join(str(block) for block in sorted(anatomy.blocksizes, reverse=True))
-        text = f"{anatomy.matrices:,} expert matrices, a scale per {sizes} weights"
-        console.row("packed", text, width=13)
+        console.row("packed", f"{anatomy.matrices:,} expert matrices, one scale per {sizes} weights", WIDTH)
     left = []
     if anatomy.routers:
         left.append(f"{anatomy.moe_layers} routers ({', '.join(anatomy.routers)})")
-    kinds = {"embeddings": "embeddings", "head": "head", "gates": "gates", "norms and others": "norms"}
+    kinds = {"embeddings": "embeddings", "head": "head", "gates": "gates and projections", "norms": "norms"}
     left += [label for kind, label in kinds.items() if anatomy.rest.get(kind)]
     if anatomy.experts:
-        left.append(f"{anatomy.linear_modules} linears unless --linears asks for them")
-    if anatomy.experts:
-        console.row("16 bits", ", ".join(left), width=13)
+        left.append(f"{anatomy.linear_modules} linears unless --linears nf4 or int8 asks for them")
+        console.row("left in 16 bits", ", ".join(left), WIDTH)
     for stack in anatomy.unpackable[:3]:
-        console.row("", f"{stack}: its last dimension is no multiple of 16", width=13)
+        console.row("", f"{stack}: the last dimension is no multiple of 16", WIDTH)
     if len(anatomy.unpackable) > 3:
-        console.row("", f"and {len(anatomy.unpackable) - 3} more such stacks", width=13)
+        console.row("", f"and {len(anatomy.unpackable) - 3} more such stacks", WIDTH)
     if anatomy.outside:
-        text = f"all experts: {anatomy.outside} is not a class that transformers dispatches, so moesmith cannot reach it"
-        console.row("16 bits", text, width=13)
-    if not anatomy.experts and not anatomy.outside:
-        console.row("packed", "nothing: there are no experts. For its linears use BitsAndBytesConfig", width=13)
+        text = f"all experts: transformers does not dispatch {anatomy.outside}, so moesmith cannot reach them"
+        console.row("left in 16 bits", text, WIDTH)
+    elif not anatomy.experts:
+        text = "nothing, there are no experts; for the linears use transformers' BitsAndBytesConfig"
+        console.row("packed", text, WIDTH)
 
 
 def _show_disk(disk: dict[str, Any], anatomy: Anatomy) -> None:
-    parts = []
     if disk["weights"]:
-        parts.append(console.size(disk["bytes"]))
+        parts = [console.size(disk["bytes"]), f"{disk['files']} file{'s' if disk['files'] > 1 else ''}"]
         if disk["scheme"]:
             packed = disk["scheme"] + (" + double quant" if disk["double_quant"] else "")
             packed += f", linears {disk['linears']}" if disk["linears"] else ""
             parts.append(f"packed by moesmith ({packed})")
-        elif disk["quantization"]:
-            parts.append(f"already quantised with {disk['quantization']}")
-        elif disk["experts"]:
-            parts.append(f"experts {disk['experts']}" if disk["experts"] == "fused" else "one tensor per expert")
-        if not disk["scheme"]:
+        else:
             parts.append(" and ".join(list(disk["dtypes"])[:2]))
-        parts.append(f"{disk['files']} file{'s' if disk['files'] > 1 else ''}")
-        console.row("on disk", " · ".join(parts), width=13)
-    template = "yes" if disk["chat_template"] else "no"
+            if disk["quantization"]:
+                parts.append(f"already quantised with {disk['quantization']}")
+            elif disk["experts"]:
+                parts.append({"fused": "experts fused", "per expert": "one tensor per expert"}[disk["experts"]])
+        console.row("on disk", " · ".join(parts), WIDTH)
+    template = "none: chat sends the bare prompt, sft wants prompt and completion columns"
     if disk["chat_template"]:
-        template += ", marks assistant tokens" if disk["marks_assistant_tokens"] else ", does not mark assistant tokens"
-    tokenizer = "" if disk["tokenizer"] else " · no tokenizer in this folder"
-    console.row("chat template", template + tokenizer, width=14)
+        marks = "with" if disk["marks_assistant_tokens"] else "no"
+        template = f"yes, {marks} {{% generation %}} marks"
+    console.row("chat template", template, WIDTH)
+    if not disk["tokenizer"]:
+        console.row("tokenizer", "none in this folder", WIDTH)
     if disk["quantization"] and not disk["scheme"] and anatomy.experts:
-        with contextlib.suppress(KeyError):
-            console.warn(f"moesmith packs 16-bit weights; look for a version not quantised with {disk['quantization']}")
+        console.warn(f"moesmith packs 16-bit weights; look for a version not quantised with {disk['quantization']}")
 
 
 def _show_next(facts: dict[str, Any]) -> None:

@@ -275,6 +275,25 @@ def check_architecture(config: dict[str, Any]) -> None:
     )
 
 
+def model_class(config: dict[str, Any]) -> Any:
+    """The transformers class to load a checkpoint with: the one its config names, else the first that fits.
+
+    Raises:
+        UserError: transformers has a config class but no model class for it.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    for name in config.get("architectures") or []:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for task in ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SEQ_TO_SEQ_CAUSAL_LM", "TOKEN_CLASSIFICATION"):
+        name = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(config["model_type"])
+        if name is not None:
+            return getattr(transformers, name[0] if isinstance(name, tuple) else name)
+    raise UserError(f"transformers {transformers.__version__} has no language model for {config['model_type']!r}")
+
+
 # ---------------------------------------------------------------- safetensors headers
 
 _CONVERT = (

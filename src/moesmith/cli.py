@@ -13,6 +13,7 @@ import difflib
 import errno
 import importlib
 import importlib.metadata
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -83,11 +84,15 @@ def _main(argv: list[str]) -> int:
     job = load(name)
     if as_json and not getattr(job, "JSON", False):
         raise UserError(f"{name} has no --json output")
+    import moesmith
     from moesmith import config, console
 
     cfg = config.parse(job.Config, rest, positional=job.POSITIONAL)
     console.set_json(as_json)
+    # bitsandbytes warns at import, on some CPUs, about an optional package that nothing here uses
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
+        moesmith.register()
         job.run(cfg)
     finally:
         console.set_json(False)

@@ -67,7 +67,8 @@ def test_every_command_explains_every_key(name, capsys):
 def test_help_of_a_command_does_not_import_torch():
     code = (
         "import sys; sys.argv = ['moesmith', 'x']; from moesmith import cli; "
-        "[cli.main([name, '--help']) for name in ('inspect', 'quantize', 'chat')]; assert 'torch' not in sys.modules"
+        "[cli.main([name, '--help']) for name in ('inspect', 'quantize', 'chat')]; "
+        "assert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -75,12 +76,17 @@ def test_help_of_a_command_does_not_import_torch():
 
 def test_unknown_command(capsys):
     assert cli.main(["inspct", "x"]) == 2
-    assert capsys.readouterr().err == "error: unknown command 'inspct'\n       did you mean `moesmith inspect`?\n"
+    assert (
+        capsys.readouterr().err
+        == "error: unknown command 'inspct'\n       did you mean `moesmith inspect`?\n"
+    )
 
 
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
-    lines = dict(line.split() for line in capsys.readouterr().out.replace("not installed", "none").splitlines())
+    lines = dict(
+        line.split() for line in capsys.readouterr().out.replace("not installed", "none").splitlines()
+    )
     assert set(lines) == {"moesmith", "torch", "transformers", "peft", "trl"}
 
 
@@ -123,7 +129,9 @@ def test_out_of_memory_says_what_to_change(job, capsys):
     for error in (
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
     ):
         job(fail(error))
         assert cli.main(["inspect"]) == 2
@@ -159,7 +167,13 @@ def test_a_pipe_gets_whole_lines(capsys):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0 B"), (999, "999 B"), (45_675_970_560, "45.7 GB"), (999_960_000, "1.0 GB"), (642_000_000, "642 MB")],
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (45_675_970_560, "45.7 GB"),
+        (999_960_000, "1.0 GB"),
+        (642_000_000, "642 MB"),
+    ],
 )
 def test_sizes(value, text):
     assert console.size(value) == text

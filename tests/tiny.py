@@ -80,6 +80,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_ocr2": {"vision_config.sam_config.downsample_channels": [32, 32]},
     "deepseek_v32": {"num_key_value_heads": 4},
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe"], "o_groups": 2, "o_lora_rank": 32,
+                    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16},
                     "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention",
                                     "heavily_compressed_attention"]},
     "diffusion_gemma": {"canvas_length": 16, "text_config.global_head_dim": 16,
@@ -233,7 +234,7 @@ def inputs(model: PreTrainedModel, batch: int = 2, length: int = 64) -> dict[str
     ids = torch.randint(3, 120, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
     if isinstance(model.config, transformers.Qwen3OmniMoeTalkerConfig):  # takes the thinker's states
-        hidden = torch.randn(batch, length, HIDDEN, generator=generator)
+        hidden = torch.randn(batch, length, HIDDEN, generator=generator).to(model.dtype)
         return {"inputs_embeds": hidden, "attention_mask": mask}
     if model.config.model_type == "ernie4_5_vl_moe":  # its vision experts see only the tokens marked 1
         return {"input_ids": ids, "attention_mask": mask, "moe_mm_token_type_ids": (ids % 2).int()}

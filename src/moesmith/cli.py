@@ -1,8 +1,9 @@
 """The `moesmith` command: a command's name is a file in `jobs/`.
 
-Each job has a docstring (its help), `Config` (its keys), `POSITIONAL` (the arguments without a flag) and `run(cfg)`.
-It may also have `EXAMPLE` (a line for the help), `JSON = True` (it has facts for `--json`) and `OUT_OF_MEMORY` (what to
-change first). Listing the commands imports none of them.
+Each job has a docstring (its help), `Config` (its keys), `POSITIONAL` (the arguments without a flag) and
+`run(cfg)`. It may also have `EXAMPLE` (a line for the help), `JSON = True` (it has facts for `--json`),
+`OUT_OF_MEMORY` (what to change first) and `SEAMS = False` (it loads no model). Listing the commands imports
+none of them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,17 @@ from types import ModuleType
 from moesmith.errors import UserError
 
 JOBS = Path(__file__).parent / "jobs"
-FIRST = ("demo", "inspect", "quantize", "sft", "chat")  # in the order one meets them; the others follow by name
+FIRST = (
+    "demo",
+    "inspect",
+    "quantize",
+    "sft",
+    "chat",
+)  # in the order one meets them; the others follow by name
 
-OUT_OF_MEMORY = "use a smaller batch or a shorter sequence, or fewer bits; `moesmith inspect MODEL` shows what fits"
+OUT_OF_MEMORY = (
+    "use a smaller batch or a shorter sequence, or fewer bits; `moesmith inspect MODEL` shows what fits"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,6 +97,12 @@ def _main(argv: list[str]) -> int:
     from moesmith import config, console
 
     cfg = config.parse(job.Config, rest, positional=job.POSITIONAL)
+    # bitsandbytes announces at import that an optional kernel package is absent
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if getattr(job, "SEAMS", True):
+        import moesmith
+
+        moesmith.register()
     console.set_json(as_json)
     # bitsandbytes warns at import, on some CPUs, about an optional package that nothing here uses
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -113,7 +128,10 @@ def load(name: str) -> ModuleType:
 def overview(names: Sequence[str]) -> str:
     """The text of `moesmith --help`. Reads the first line of each job's docstring without importing it."""
     width = max((len(name) for name in names), default=0) + 2
-    lines = ["moesmith: load any Mixture-of-Experts model in 4 bits, fine-tune it on your data, talk to it", ""]
+    lines = [
+        "moesmith: load any Mixture-of-Experts model in 4 bits, fine-tune it on your data, talk to it",
+        "",
+    ]
     for name in names:
         tree = ast.parse((JOBS / f"{name.replace('-', '_')}.py").read_text(encoding="utf-8"))
         first_line = (ast.get_docstring(tree) or "").split("\n")[0]

@@ -1,8 +1,9 @@
 """One options class per command: it is the YAML file, the flags, and the record saved beside the output.
 
-A command declares `class Config(JobConfig)`; the docstring under each field is that flag's `--help` line, and a field
-whose type is another JobConfig is a section (`train.lr` in YAML is `train: {lr: ...}`, as a flag `--train.lr`).
-Flags win over the YAML file, the file wins over the defaults, and a key nobody declared is an error.
+A command declares `class Config(JobConfig)`; the docstring under each field is that flag's `--help` line, and
+a field whose type is another JobConfig is a section (`train.lr` in YAML is `train: {lr: ...}`, as a flag
+`--train.lr`). Flags win over the YAML file, the file wins over the defaults, and a key nobody declared is an
+error.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class JobConfig(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Key:
-    """One leaf option: `name` is dotted (`train.lr`), `default` is what the help prints ("" when required)."""
+    """One leaf option: `name` is dotted (`train.lr`), `default` is what the help prints ("" if required)."""
 
     name: str
     annotation: Any
@@ -58,7 +59,11 @@ def keys(cls: type[JobConfig], prefix: str = "") -> Iterator[Key]:
             yield from keys(section, f"{prefix}{name}.")
         else:
             yield Key(
-                f"{prefix}{name}", field.annotation, _default(field), field.is_required(), _one_line(field.description)
+                f"{prefix}{name}",
+                field.annotation,
+                _default(field),
+                field.is_required(),
+                _one_line(field.description),
             )
 
 
@@ -110,7 +115,9 @@ def _is_list(annotation: Any) -> bool:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return ""
-    value = field.get_default(call_default_factory=True) if field.default is PydanticUndefined else field.default
+    value = (
+        field.get_default(call_default_factory=True) if field.default is PydanticUndefined else field.default
+    )
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -133,11 +140,12 @@ def parse(cls: type[C], argv: Sequence[str], positional: Sequence[str] = ("model
 
     Args:
         argv: what follows the command's name.
-        positional: field names taken in order from the arguments that are not flags. The name "config" stands for a YAML
-            file merged under the flags; it may be left out.
+        positional: field names taken in order from the arguments that are not flags. The name "config" stands
+            for a YAML file merged under the flags; it may be left out.
 
-    `--a.b value`, `--a.b=value`, `--flag` and `--no-flag` for booleans. Dashes and underscores are the same. Lists are
-    `a,b` or `[a, b]`, and a repeated list flag adds to it; anything else repeated: the last one counts.
+    `--a.b value`, `--a.b=value`, `--flag` and `--no-flag` for booleans. Dashes and underscores are the same.
+    Lists are `a,b` or `[a, b]`, and a repeated list flag adds to it; anything else repeated: the last one
+    counts.
 
     Raises:
         UserError: an unknown key, a missing or ill-typed value, an unreadable file.
@@ -175,7 +183,9 @@ def parse(cls: type[C], argv: Sequence[str], positional: Sequence[str] = ("model
     return validate(cls, values, positional)
 
 
-def _take_flag(token: str, rest: list[str], known: dict[str, Key], cls: type[JobConfig], given: dict[str, Any]) -> None:
+def _take_flag(
+    token: str, rest: list[str], known: dict[str, Key], cls: type[JobConfig], given: dict[str, Any]
+) -> None:
     """Consume one `--flag` (and its value from `rest`) into `given`."""
     flag, equals, inline = token[2:].partition("=")
     name = flag.replace("-", "_")
@@ -190,7 +200,7 @@ def _take_flag(token: str, rest: list[str], known: dict[str, Key], cls: type[Job
     parts = _parts(key.annotation)
     if equals:
         value = inline
-    elif bool in parts and not _has_value(rest, only_bool=all(p in (bool, type(None)) for p in parts)):
+    elif bool in parts and not _has_value(rest, parts):
         given[name] = True
         return
     elif not _has_value(rest):
@@ -203,17 +213,22 @@ def _take_flag(token: str, rest: list[str], known: dict[str, Key], cls: type[Job
     given[name] = read
 
 
-def _has_value(rest: list[str], only_bool: bool = False) -> bool:
-    """Whether the next argument is this flag's value. A pure on/off flag takes only a literal true or false."""
+def _has_value(rest: list[str], parts: Sequence[Any] = (str,)) -> bool:
+    """Whether the next argument is this flag's value. One that may stand alone takes only what fits its type."""
     if not rest:
         return False
-    if only_bool:
-        return rest[0].lower() in ("true", "false")
+    if bool in parts and str not in parts and Path not in parts:
+        words = ("true", "false", *(str(w) for part in parts if isinstance(part, _Words) for w in part.words))
+        is_number = bool({int, float} & {p for p in parts if isinstance(p, type)})
+        return rest[0].lower() in words or (is_number and re.fullmatch(_NUMBER, rest[0]) is not None)
     return not rest[0].startswith("-") or rest[0] == "-" or _is_number(rest[0]) or " " in rest[0]
 
 
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
+
+
 def _is_number(token: str) -> bool:
-    return re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", token) is not None
+    return re.fullmatch(_NUMBER, token) is not None
 
 
 def _inside_dict(cls: type[JobConfig], name: str) -> Key | None:
@@ -293,7 +308,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def validate(cls: type[C], values: dict[str, Any], positional: Sequence[str] = ()) -> C:
-    """A mapping -> a checked instance. Raises UserError with the first problem; the others are in the hint."""
+    """A mapping -> a checked instance. Raises UserError with the first problem, the others in its hint."""
     try:
         return cls.model_validate(values)
     except pydantic.ValidationError as error:
@@ -315,6 +330,9 @@ def _explain(problem: Any, cls: type[JobConfig], positional: Sequence[str]) -> t
     if isinstance(cause, UserError):
         return (f"{name}: {cause.message}" if name else cause.message), cause.hint
     if problem["type"] == "missing":
+        inside = [k for k in known.values() if k.required and k.name.startswith(name + ".")]
+        if key is None and inside:  # a section that was left out whole
+            name, key = inside[0].name, inside[0]
         label = name.upper() if name in positional else f"--{name.replace('_', '-')}"
         return f"missing {label}", (key.help or None) if key else None
     if problem["type"] == "extra_forbidden":
@@ -363,7 +381,7 @@ def no_such_file(path: str | Path, key: str | None = None) -> UserError:
 
 
 def save(cfg: JobConfig, path: str | Path) -> None:
-    """Write every option as YAML, whole or not at all. `parse(cls, [path], ("config",))` reads it back equal."""
+    """Write every option as YAML, whole or not at all. `parse(cls, [path], ("config",))` reads it back."""
     text = yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
     write_atomically(path, text)
 

@@ -78,7 +78,9 @@ def row(label: str, text: str | Text, width: int = 9) -> None:
     _print_table(grid)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str | Text]], label_width: int | None = None) -> None:
+def table(
+    header: Sequence[str], rows: Iterable[Sequence[str | Text]], label_width: int | None = None
+) -> None:
     """Columns: the first left-aligned, the others right-aligned. `label_width` pads the first column."""
     if _json:
         return
@@ -182,7 +184,7 @@ def size(nbytes: float) -> str:
 
 
 def count(n: float) -> str:
-    """A number of parameters or tokens, three digits: 25_800_000_000 -> '25.8 B', 1_280_000_000 -> '1.28 B'."""
+    """A number of parameters or tokens, three digits: 25_800_000_000 -> '25.8 B', 999 -> '999'."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if n >= scale * 0.9995:
             value = n / scale

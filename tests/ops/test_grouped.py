@@ -35,7 +35,7 @@ def case(shape, split, scheme, dtype, transposed, rank=None, double_quant=False,
     experts, rows, columns = shape
     wide_in, wide_out = (rows, columns) if transposed else (columns, rows)
     weight = torch.randn(shape, generator=generator) / wide_in**0.5
-    stack = ops.PackedStack.quantize(weight, scheme, 16, double_quant)
+    stack = ops.PackedStack.quantize(weight, scheme, ops.pick_blocksize(columns), double_quant)
     offsets = [0]
     for n in SPLITS[split](experts):
         offsets.append(offsets[-1] + n)

@@ -77,6 +77,10 @@ class Counts:
     kinds: Counter[str] = field(default_factory=Counter)
     """kept rows by the columns they came from"""
 
+    def facts(self) -> dict[str, object]:
+        """The same for a program."""
+        return {**vars(self), "dropped": dict(self.dropped), "kinds": dict(self.kinds)}
+
     def drop(self, reason: str, row: int, detail: str) -> None:
         """Count a dropped row."""
         self.dropped[reason] += 1
@@ -93,12 +97,15 @@ class Prepared:
     eval_counts: Counts | None = None
     """counts of eval_path or eval_split; None when the held-out rows were taken from the training rows"""
 
-    def fingerprint(self) -> str:
-        """A digest of every token and label in order: a resumed run must see the same rows."""
-        digest = hashlib.sha256()
-        for example in (*self.train, *self.held_out):
-            digest.update(example.identity)
-        return digest.hexdigest()[:32]
+
+def fingerprint(*parts: Iterable[Example]) -> str:
+    """A digest of every token and label in order: a resumed run must see the same rows."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for example in part:
+            digest.update(hashlib.sha256(example.identity).digest())
+        digest.update(b"end")
+    return digest.hexdigest()[:32]
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, cfg: DataConfig, seed: int = 0) -> Prepared:

@@ -1,1 +1,1 @@
-"""One file per command, each reading like a recipe: the steps in order, every step a call into the floors below."""
+"""One file per command, each reading like a recipe: the steps in order, each a call into the floors below."""

@@ -1,17 +1,15 @@
 """What a checkpoint says about itself: config, tensor headers, tokenizer, template. No weights are read.
 
-A safetensors file starts with 8 bytes of length and that many bytes of JSON naming every tensor's dtype, shape and
-place; this is all that `Checkpoint.open` reads, from a local folder or, by byte range, from the hub. What is wrong with
-a download (a shard missing, cut short, not a safetensors file) is said here in one line, before anything is loaded.
+`Checkpoint.open` reads a local folder or, by byte range, the hub; config.json and the safetensors headers are
+all it needs. Also here: where a model is, which class loads it, and the fingerprint that ties an adapter to
+its base.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,48 +17,26 @@ from typing import TYPE_CHECKING, Any
 
 from moesmith.config import no_such_file
 from moesmith.errors import UserError
+from moesmith.models.headers import (
+    CONVERT,
+    CONVERT_GGUF,
+    DTYPE_BITS,
+    INDEX,
+    TensorHeader,
+    read_headers,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import torch
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 RECORD = "moesmith.json"  # what moesmith writes beside a packed model or an adapter
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
-
-# Bits per element of the safetensors dtypes.
-DTYPE_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
 
 # Files that belong to a model beside its weights: tokenizer, template, processor, generation settings.
 SIDE_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
     "generation_config.json", "*processor_config.json", "*.tiktoken", "tekken.json",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """One stored tensor. `start` and `end` are byte offsets in `file`, counted from the file's first byte."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: str
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.end - self.start
-
-    @property
-    def numel(self) -> int:
-        """Elements as stored: a packed tensor counts its bytes, not the weights in them."""
-        return math.prod(self.shape)
 
 
 @dataclass
@@ -103,7 +79,9 @@ class Checkpoint:
             try:
                 metadata = get_safetensors_metadata(name)
             except NotASafetensorsRepoError:
-                raise UserError(f"{name}: no safetensors weights on the hub", _CONVERT.format(model=name)) from None
+                raise UserError(
+                    f"{name}: no safetensors weights on the hub", CONVERT.format(model=name)
+                ) from None
         tensors = {}
         for file, header in metadata.files_metadata.items():
             for key, info in header.tensors.items():
@@ -136,22 +114,27 @@ class Checkpoint:
     @property
     def marks_assistant(self) -> bool:
         """Whether the chat template marks assistant tokens ({% generation %})."""
-        return self.chat_template is not None and re.search(r"\{%-?\s*generation\b", self.chat_template) is not None
+        return (
+            self.chat_template is not None
+            and re.search(r"\{%-?\s*generation\b", self.chat_template) is not None
+        )
 
 
 # ---------------------------------------------------------------- where a model is
 
 
 def local_folder(model: str | Path) -> Path | None:
-    """The folder `model` names, or None when it can only be a hub name. Raises UserError when it can be neither."""
+    """The folder `model` names, None if it can only be a hub name. Raises UserError if it can be neither."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     text = str(model)
     if path.is_file():
         if path.suffix == ".gguf":
-            raise UserError(f"{path} is a GGUF file, not a model folder", _CONVERT_GGUF.format(file=path.name))
-        raise UserError(f"{path} is a file, wanted a model folder or a hub name", f"its folder is {path.parent}")
+            raise UserError(f"{path} is a GGUF file, not a model folder", CONVERT_GGUF.format(file=path.name))
+        raise UserError(
+            f"{path} is a file, wanted a model folder or a hub name", f"its folder is {path.parent}"
+        )
     looks_like_hub = isinstance(model, str) and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", text) is not None
     if looks_like_hub and not path.parent.joinpath(path.name).exists():
         return None
@@ -166,7 +149,9 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     with _HubErrors(str(model)):
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", INDEX, "config.json", *SIDE_FILES]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors", INDEX, "config.json", *SIDE_FILES])
+        )
 
 
 class _HubErrors:
@@ -189,11 +174,18 @@ class _HubErrors:
                 f"{self.name} asks for its licence to be accepted first",
                 f"accept it on the model's page, then `hf auth login` ({type(error).__name__})",
             ) from None
-        if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)):
+        if isinstance(
+            error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
+        ):
             raise UserError(f"{self.name}: no such folder here and no such model on the hub") from None
         if isinstance(error, errors.SafetensorsParsingError):
             raise UserError(f"{self.name}: {' '.join(str(error).split())}") from None
-        unreachable = (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, httpx.HTTPError, ConnectionError)
+        unreachable = (
+            errors.OfflineModeIsEnabled,
+            errors.LocalEntryNotFoundError,
+            httpx.HTTPError,
+            ConnectionError,
+        )
         if isinstance(error, unreachable) or isinstance(error.__cause__, unreachable):
             raise UserError(
                 f"{self.name}: no such folder here, and the hub cannot be reached",
@@ -202,17 +194,6 @@ class _HubErrors:
 
 
 # ---------------------------------------------------------------- config, tokenizer, template
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises UserError naming the file and line."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})", "the file is damaged or incomplete: fetch it again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -234,7 +215,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The chat template, wherever the checkpoint keeps it; the one called "default" where there are several."""
+    """The chat template, wherever the checkpoint keeps it; the one called "default" if there are several."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
@@ -267,11 +248,12 @@ def check_architecture(config: dict[str, Any]) -> None:
     version = transformers.__version__
     if config.get("auto_map"):
         raise UserError(
-            f"model_type {model_type!r} comes with its own code, which moesmith does not run (transformers {version})",
-            "models of transformers itself are supported: pip install -U transformers, if it has this one by now",
+            f"model_type {model_type!r} comes with its own code, which moesmith does not run",
+            f"if transformers has this model by now: pip install -U transformers (here: {version})",
         )
     raise UserError(
-        f"model_type {model_type!r} is unknown to transformers {version}", "pip install -U transformers may bring it"
+        f"model_type {model_type!r} is unknown to transformers {version}",
+        "pip install -U transformers may bring it",
     )
 
 
@@ -291,126 +273,25 @@ def model_class(config: dict[str, Any]) -> Any:
         name = getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").get(config["model_type"])
         if name is not None:
             return getattr(transformers, name[0] if isinstance(name, tuple) else name)
-    raise UserError(f"transformers {transformers.__version__} has no language model for {config['model_type']!r}")
-
-
-# ---------------------------------------------------------------- safetensors headers
-
-_CONVERT = (
-    "convert it once: python -c \"from transformers import AutoModelForCausalLM as M; "
-    "M.from_pretrained('{model}').save_pretrained('converted')\""
-)
-_CONVERT_GGUF = (
-    "GGUF weights are already quantised: use the original checkpoint, or unpack with "
-    "from_pretrained(folder, gguf_file='{file}') and save its state_dict"
-)
-
-
-def read_headers(folder: Path, required: bool = True) -> dict[str, TensorHeader]:
-    """Every tensor's header, single file or sharded.
-
-    Raises:
-        UserError: no safetensors (unless `required` is False and there are no weights of another kind), a shard of the
-            index missing, cut short or not a safetensors file, a tensor of the index that its shard does not hold.
-    """
-    if (folder / SINGLE).is_file():
-        return read_header(folder / SINGLE)
-    if (folder / INDEX).is_file():
-        return _read_sharded(folder)
-    loose = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("adapter"))
-    if loose:
-        raise UserError(
-            f"{folder} has {len(loose)} safetensors files but no {INDEX}", f"fetch {INDEX} too; found {loose[0]}"
-        )
-    gguf = sorted(folder.glob("*.gguf"))
-    if gguf:
-        raise UserError(f"{folder} holds GGUF weights, not safetensors", _CONVERT_GGUF.format(file=gguf[0].name))
-    pickled = [path for pattern in ("pytorch_model*.bin", "*.pt", "*.pth") for path in sorted(folder.glob(pattern))]
-    if pickled:
-        raise UserError(f"{folder} holds {pickled[0].name}, not safetensors", _CONVERT.format(model=folder))
-    if required:
-        raise UserError(f"{folder}: no weights (no {SINGLE} and no {INDEX})")
-    return {}
-
-
-def _read_sharded(folder: Path) -> dict[str, TensorHeader]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder / INDEX}: no weight_map")
-    files = sorted(set(weight_map.values()))
-    unsafe = [file for file in files if Path(file).name != file]
-    if unsafe:
-        raise UserError(f"{folder / INDEX} names {unsafe[0]!r}, which is not a file of this folder")
-    missing = [file for file in files if not (folder / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{folder}: {len(missing)} of {len(files)} shards missing, first {missing[0]}", "fetch the model again"
-        )
-    tensors = {name: header for file in files for name, header in read_header(folder / file).items()}
-    absent = [name for name in weight_map if name not in tensors]
-    if absent:
-        raise UserError(
-            f"{folder}: {INDEX} lists {absent[0]} in {weight_map[absent[0]]}, which does not hold it"
-            + (f" ({len(absent)} such tensors)" if len(absent) > 1 else ""),
-            "index and shards come from different saves: fetch both again",
-        )
-    return {name: tensors[name] for name in weight_map}
-
-
-def read_header(path: Path) -> dict[str, TensorHeader]:
-    """The header of one safetensors file, checked against the file's size. Raises UserError when they disagree."""
-    size = path.stat().st_size
-    again = "fetch the file again"
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if not 2 <= length <= min(HEADER_LIMIT, size - 8):
-            if prefix[:7] == b"version":  # the pointer file of git-lfs
-                raise UserError(f"{path} is a git-lfs pointer, not the weights", "git lfs pull")
-            what = "cut short" if 2 <= length <= HEADER_LIMIT else "not a safetensors file"
-            raise UserError(f"{path} is {what} ({size:,} bytes)", again)
-        raw = file.read(length)
-    try:
-        entries = json.loads(raw)
-        entries.pop("__metadata__", None)
-        tensors = {
-            name: TensorHeader(
-                name,
-                entry["dtype"],
-                tuple(int(n) for n in entry["shape"]),
-                path.name,
-                8 + length + int(entry["data_offsets"][0]),
-                8 + length + int(entry["data_offsets"][1]),
-            )
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise UserError(f"{path} has a damaged header", again) from None
-    for tensor in tensors.values():
-        bits = DTYPE_BITS.get(tensor.dtype)
-        wanted = None if bits is None else -(-tensor.numel * bits // 8)
-        if tensor.start < 8 + length or (wanted is not None and tensor.nbytes != wanted):
-            raise UserError(f"{path} has a damaged header: {tensor.name} {tensor.dtype} {list(tensor.shape)}", again)
-    end = max((tensor.end for tensor in tensors.values()), default=0)
-    if end > size:
-        raise UserError(f"{path} is cut short: {size:,} of {end:,} bytes", again)
-    return tensors
+    raise UserError(
+        f"transformers {transformers.__version__} has no language model for {config['model_type']!r}"
+    )
 
 
 # ---------------------------------------------------------------- the same base?
 
 
 def fingerprint(model: Any) -> str:
-    """A short hash that two equal models share: which base an adapter belongs to. Reads a few kB per tensor at most.
+    """A hash that equal models share, to know which base an adapter belongs to. Reads little of each tensor.
 
     Args:
-        model: a live model, packed or not, before its first forward; adapters on it are left out. Or the folder of a
-            packed model, which gives the same hash as the model loaded from it. A 16-bit folder and the model packed
-            from it differ: packing is part of what is hashed.
+        model: a live model, packed or not, before its first forward; adapters on it are left out. Or the
+            folder of a packed model, which gives the same hash as the model loaded from it. A 16-bit folder
+            and the model packed from it differ: packing is part of what is hashed.
 
-    It covers the architecture, top-k, the storage scheme, and of every tensor its shape and 16 small samples: packed
-    bytes as they are, floats rounded to bf16, so the dtype a model is loaded in does not matter. Names are left out:
-    transformers renames some tensors between disk and memory.
+    It covers the architecture, top-k, the storage scheme, and of every tensor its shape and 16 small samples:
+    packed bytes as they are, floats rounded to bf16, so the dtype a model is loaded in does not matter. Names
+    are left out: transformers renames some tensors between disk and memory.
     """
     is_folder = isinstance(model, (str, Path))
     if is_folder:
@@ -436,7 +317,7 @@ def fingerprint(model: Any) -> str:
 
 
 def base_record(model: Any, path: str | Path) -> dict[str, Any]:
-    """What an adapter's `moesmith.json` says under "base": where the packed model is and how to recognise it."""
+    """What an adapter's `moesmith.json` says under "base": where the packed model is, how to recognise it."""
     packing = getattr(model.config, "quantization_config", None) or {}
     packing = packing if isinstance(packing, dict) else packing.to_dict()
     settings = {key: packing.get(key) for key in ("scheme", "linears", "double_quant", "blocksize")}
@@ -483,8 +364,8 @@ def _samples_on_disk(folder: Path) -> Iterator[bytes]:
     import torch
 
     dtypes = {
-        "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "U8": torch.uint8, "I8": torch.int8,
-        "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool, "F64": torch.float64,
+        "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+        "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     }  # fmt: skip
     for name, header in read_headers(folder).items():
         if _NOT_HASHED.search(name) or header.numel == 0:

@@ -1,8 +1,9 @@
 """Find a model's MoE layers and the places an adapter can go.
 
-Works on any decorated MoE model, found by structure: in memory or on the meta device, plain, packed, or inside PEFT.
-Names are those of the plain model: what PEFT puts around a module (`base_model.model.`, `.base_layer`) is left out,
-so they are also the names a LoraConfig wants; `submodule` finds the module behind such a name.
+Works on any decorated MoE model, found by structure: in memory or on the meta device, plain, packed, or
+inside PEFT. Names are those of the plain model: what PEFT puts around a module (`base_model.model.`,
+`.base_layer`) is left out, so they are also the names a LoraConfig wants; `submodule` finds the module
+behind such a name.
 """
 
 # E experts
@@ -67,7 +68,7 @@ def _moe_layer(model: nn.Module, name: str, experts: Any) -> MoELayer:
     ]
     if not routers:
         raise UserError(
-            f"{block_name} ({type(block).__name__}) has experts but no {' or '.join(family(model_type).router)}",
+            f"{block_name} ({type(block).__name__}) has experts but no router beside them",
             f"{model_type} needs a row in moesmith/models/families.py",
         )
     router = _bare(getattr(block, routers[0]))
@@ -93,8 +94,9 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
 def per_expert_tensors(model: nn.Module, layer: MoELayer) -> dict[str, int]:
     """Every tensor of the layer that has one slice per expert -> the dimension the experts lie along.
 
-    Parameters and buffers, of the experts (weights, biases, packed codes and scales) and of the router. A router may
-    have more rows than experts (`zaya`: one that skips the layer); the first `num_experts` are the experts'.
+    Parameters and buffers, of the experts (weights, biases, packed codes and scales) and of the router. A
+    router may have more rows than experts (`zaya`: one that skips the layer): the first `num_experts` are the
+    experts'.
     """
     found = {
         f"{layer.experts}.{name}": 0
@@ -124,11 +126,13 @@ def adapter_targets(model: nn.Module, placements: Iterable[str]) -> tuple[list[s
         placements: any of "experts", "attention", "router", "shared_experts", "dense_mlp".
 
     Returns:
-        (target_modules, target_parameters): full names of nn.Linear modules, and of parameters that belong to no
-        nn.Linear (the stacked experts, most routers).
+        (target_modules, target_parameters): full names of nn.Linear modules, and of parameters: the stacked
+        experts, routers that are no nn.Linear, and linears that PEFT would misread as experts. PEFT takes no
+        lora_dropout with target_parameters.
 
     Raises:
-        UserError: an unknown placement, or one that this model has no module for.
+        UserError: an unknown placement, one that this model has no module for, or an adapter that PEFT could
+            train but not load back or merge.
     """
     asked = list(dict.fromkeys(placements))
     unknown = [placement for placement in asked if placement not in PLACEMENTS]
@@ -145,7 +149,65 @@ def adapter_targets(model: nn.Module, placements: Iterable[str]) -> tuple[list[s
             f"it has {', '.join(present)}" if present else "it has no experts that transformers dispatches",
         )
     modules, parameters = ([name for p in asked for name in found[p][kind]] for kind in (0, 1))
-    return modules, parameters
+    _refuse_unsound(model, asked, modules, parameters)
+    taken = _taken_for_experts(model, modules)
+    parameters += [f"{name}.weight" for name in modules if name in taken]
+    return [name for name in modules if name not in taken], parameters
+
+
+def _taken_for_experts(model: nn.Module, modules: list[str]) -> set[str]:
+    """Linears that have to be named by their weight.
+
+    For model types whose experts were lists of linears once (glm4_moe, qwen3_next...), PEFT reads any target
+    module called gate_proj, up_proj or down_proj, a shared expert's too, as those lists: without a word it
+    drops the target for an adapter of twice the rank on the stacked experts. Parameters it takes as they are.
+    """
+    from peft import LoraConfig
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    partners = ("gate_proj", "up_proj", "w1", "w3")  # PEFT raises for a gate without its up projection
+    probe = LoraConfig(target_modules=[*modules, *(f"moesmith.{leaf}" for leaf in partners)])
+    convert_peft_config_for_transformers(probe, model=_bare(model), conversions=None)
+    taken = set(modules) - set(probe.target_modules or ())
+    for name in modules:
+        if name in taken and type(submodule(model, name)) is not nn.Linear:
+            raise UserError(
+                f"PEFT cannot put an adapter on {name} of this model type while it is quantised",
+                "load with linears=None, or leave this placement out",
+            )
+    return taken
+
+
+def _refuse_unsound(
+    model: nn.Module, placements: list[str], modules: list[str], parameters: list[str]
+) -> None:
+    """UserError for adapters that could be trained but not loaded or merged, or that would spread."""
+    for layer in _text_layers(model):
+        lost = layer.family.lost_adapters
+        for placement in placements:
+            if placement in lost:
+                raise UserError(
+                    f"PEFT cannot load an adapter on {placement} of {layer.model_type} back: it renames the "
+                    "adapter's tensors like those of the original checkpoint, and then finds none",
+                    "placements that work: " + (", ".join(p for p in PLACEMENTS if p not in lost) or "none"),
+                )
+    targets: dict[int, str] = {}
+    for target in [*parameters, *(f"{name}.weight" for name in modules)]:
+        other = targets.setdefault(id(_tensor(model, target)), target)
+        if other != target:
+            raise UserError(
+                f"{other} and {target} are one tensor: an adapter for each can be trained but not merged",
+                "choose placements without tied weights",
+            )
+    holders = {*modules, *(name.rpartition(".")[0] for name in parameters)}
+    for name, _ in _modules(model):
+        parts = name.split(".")
+        for start in range(1, len(parts)):
+            target = ".".join(parts[start:])
+            if target in holders:  # PEFT compares ends of names
+                raise UserError(
+                    f"PEFT would put the adapter of {target} on {name} too", "adapt a part of the model"
+                )
 
 
 def _all_targets(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
@@ -157,18 +219,15 @@ def _all_targets(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
         for kind, of_kind in zip(found[placement], targets, strict=True):
             kind.extend(name for name in of_kind if name not in kind)
 
-    layers = [layer for layer in moe_layers(model) if _is_text(model, layer)]
-    with_experts = [layer.name for layer in layers]
-    for stack_name, names in {
-        _decoder_layer(layer.name).rpartition(".")[0]: layer.family for layer in layers
-    }.items():
-        for index, decoder_layer in submodule(model, stack_name).named_children():
+    layers = _text_layers(model)
+    with_experts = {above for layer in layers for above in _up_to_decoder_layer(layer.name)}
+    stacks = {_decoder_layer(layer.name).rpartition(".")[0]: layer.family for layer in layers}
+    for stack, names in stacks.items():
+        for index, decoder_layer in submodule(model, stack).named_children():
             for attr in dict.fromkeys(names.attention + names.dense_mlp):
                 part = getattr(_bare(decoder_layer), attr, None)
-                prefix = f"{stack_name}.{index}.{attr}"
-                if isinstance(part, nn.Module) and not any(
-                    _is_below(block, prefix) for block in with_experts
-                ):
+                prefix = f"{stack}.{index}.{attr}"
+                if isinstance(part, nn.Module) and prefix not in with_experts:
                     is_mlp = attr not in names.attention or hasattr(_bare(part), "down_proj")
                     add("dense_mlp" if attr in names.dense_mlp and is_mlp else "attention", prefix, names)
     for layer in layers:
@@ -178,15 +237,11 @@ def _all_targets(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
         found["experts"][1].extend(f"{layer.experts}.{name}" for name in weight_names(experts))
         add("router", layer.router, layer.family)
         for name in layer.family.per_expert:
-            tensor = _tensor(model, f"{layer.router}.{name}")
-            owner = submodule(model, f"{layer.router}.{name}".rpartition(".")[0])
-            if (
-                tensor is not None
-                and tensor.ndim == 2
-                and tensor.shape[0] >= layer.num_experts
-                and not _is_linear(owner)
-            ):
-                found["router"][1].append(f"{layer.router}.{name}")
+            parameter = f"{layer.router}.{name}"
+            tensor, holder = _tensor(model, parameter), submodule(model, parameter.rpartition(".")[0])
+            if tensor is not None and not _is_linear(holder):
+                if tensor.ndim == 2 and tensor.shape[0] >= layer.num_experts:
+                    found["router"][1].append(parameter)
         for prefix in _up_to_decoder_layer(layer.name):
             for attr in layer.family.shared_experts:
                 if isinstance(getattr(submodule(model, prefix), attr, None), nn.Module):
@@ -208,14 +263,15 @@ def _targets(
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear or a quantised one; not an architecture's subclass with a forward of its own (deepseek_v4, phimoe)."""
+    """nn.Linear, quantised or not, but no architecture's subclass with its own forward (deepseek_v4)."""
     return isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")
 
 
-def _is_text(model: nn.Module, layer: MoELayer) -> bool:
-    """Whether the layer belongs to the model's text decoder (`dots3_note` has vision experts, `qwen3_omni` a talker)."""
+def _text_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers of the text decoder (`dots3_note` has vision experts too, `qwen3_omni_moe` a talker)."""
     config = getattr(_bare(model), "config", None)
-    return config is None or config.get_text_config().model_type in (layer.model_type, "")
+    text = "" if config is None else config.get_text_config().model_type
+    return [layer for layer in moe_layers(model) if text in (layer.model_type, "")]
 
 
 def _decoder_layer(name: str) -> str:
@@ -233,10 +289,6 @@ def _up_to_decoder_layer(name: str) -> Iterator[str]:
         yield name
         name = name.rpartition(".")[0]
     yield top
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(prefix + ".")
 
 
 def _bare(module: nn.Module) -> nn.Module:

@@ -98,6 +98,7 @@ def count_adapters(model: PeftModel, targets: Iterable[str] | None = None) -> Ad
         if parameter.requires_grad:
             placement = owners.get(_module_of(name), "other")
             counts.trainable[placement] = counts.trainable.get(placement, 0) + parameter.numel()
+    counts.trainable = {p: counts.trainable[p] for p in (*PLACEMENTS, "other") if p in counts.trainable}
     missing = [placement for placement in targets or () if placement not in counts.trainable]
     if missing:
         raise UserError(f"lora.targets asks for {missing[0]}, and no parameter there is trainable")

@@ -84,11 +84,12 @@ class RunFolder:
             for leftover in path.glob(".*.tmp") if path.is_dir() else ():
                 remove(leftover)
         self.result.unlink(missing_ok=True)
-        save(cfg, self.config)
+        flags = {name: False for name in ("resume", "overwrite", "dry_run", "preview") if name in type(cfg).model_fields}
+        save(cfg.model_copy(update=flags), self.config)
 
     def _check_same(self, cfg: JobConfig) -> None:
         before, now = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flat(cfg.model_dump(mode="json"))
-        changed = [key for key in now if key in before and before[key] != now[key] and not key.startswith(MAY_CHANGE)]
+        changed = [key for key in now if key in before and before[key] != now[key] and key not in MAY_CHANGE]
         if changed:
             lines = [f"{key}: was {before[key]}, is {now[key]}" for key in changed]
             raise UserError(
@@ -98,20 +99,23 @@ class RunFolder:
 
     # --- data ---------------------------------------------------------------------------------------------------
 
-    def record_data(self, facts: dict[str, Any], resume: bool) -> None:
-        """Save the counts and digest of the rows, or check them when resuming.
+    def check_data(self, fingerprint: str) -> None:
+        """Refuse to resume with other rows than the run was started with.
 
         Raises:
-            UserError: the rows are not those the run was started with.
+            UserError: they are not the same.
         """
-        if resume and self.data.exists():
-            before = json.loads(self.data.read_text(encoding="utf-8"))
-            if before.get("fingerprint") != facts.get("fingerprint"):
-                raise UserError(
-                    f"cannot resume {self.path}: the rows or the chat template changed since it was started",
-                    f"it had {before.get('train')} rows to train on and {before.get('held_out')} held out, "
-                    f"now {facts.get('train')} and {facts.get('held_out')}; --overwrite starts anew",
-                )
+        if not self.data.exists():
+            return
+        before = json.loads(self.data.read_text(encoding="utf-8"))
+        if before["fingerprint"] != fingerprint:
+            raise UserError(
+                f"cannot resume {self.path}: its rows or their chat template have changed since it was started",
+                f"it had {before['train']:,} rows to train on and {before['held_out']:,} held out; --overwrite starts anew",
+            )
+
+    def record_data(self, facts: dict[str, Any]) -> None:
+        """Save what is known of the rows: fingerprint, train, held_out, counts."""
         write_atomically(self.data, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     # --- checkpoints --------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class RunFolder:
         write_atomically(self.result, json.dumps(facts, indent=2) + "\n")
 
 
-def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
+def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Write a folder under another name and put it in place of `path`, so that `path` is never half written."""
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
     for leftover in (temporary, old):

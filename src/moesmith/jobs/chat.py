@@ -1,0 +1,418 @@
+"""Talk to a model: packed, packed on the way in, or packed with an adapter on it.
+
+An adapter runs over the exact packed base it was trained on: what the adapter's moesmith.json says about its
+base is checked against the model that was loaded. In the conversation /reset starts over and /exit leaves;
+Ctrl-C stops an answer, not the program. Answers go to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from moesmith import console
+from moesmith.config import JobConfig
+from moesmith.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+POSITIONAL = ("model",)
+JSON = True
+EXAMPLE = 'moesmith chat qwen3-nf4 --adapter out/best --prompt "What is 12 + 30?"'
+OUT_OF_MEMORY = (
+    "shorten the conversation (/reset), lower --max-new-tokens, or load it in fewer bits: --scheme nf4"
+)
+
+
+class Config(JobConfig):
+    model: str | None = None
+    """Model folder or hub name; without it, the base that the adapter names."""
+    adapter: Path | None = None
+    """Folder of an adapter trained by `moesmith sft`."""
+    scheme: Literal["nf4", "fp4", "int8", "fp8", "bf16", "none"] | None = None
+    """How to pack a model that is not: as the adapter's base was, else nf4; none leaves it alone."""
+    system: str | None = None
+    """System message."""
+    prompt: str | None = None
+    """Answer this one message and leave; - reads it from stdin."""
+    max_new_tokens: int = 512
+    """Longest answer, in tokens."""
+    temperature: float | None = None
+    """0 is greedy; without it, the model's own generation settings hold."""
+    top_p: float | None = None
+    """Sample from the most likely tokens that make up this probability."""
+    seed: int | None = None
+    """Makes sampled answers repeatable."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Dtype of everything that is not packed; auto takes the checkpoint's."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto uses the GPU if there is one."""
+
+
+def run(cfg: Config) -> None:
+    base = recorded_base(cfg.adapter)
+    source = cfg.model or (base or {}).get("path")
+    if source is None:
+        raise UserError(
+            "missing MODEL", "moesmith chat MODEL, or --adapter with a folder that names its base"
+        )
+    started = time.perf_counter()
+    folder, model, tokenizer = load(source, cfg, base)
+    if cfg.adapter is not None:
+        model = put_adapter(model, cfg.adapter, base, source)
+    model.eval()
+    console.note(f"{folder.name} loaded in {console.duration(time.perf_counter() - started)}")
+
+    chat = Chat(model, tokenizer, settings(cfg, model), cfg.system)
+    if tokenizer.chat_template is None:
+        console.note("no chat template: the model continues the text you give it")
+    if cfg.prompt is not None:
+        prompt = sys.stdin.read().strip() if cfg.prompt == "-" else cfg.prompt
+        answer = chat.answer(prompt, show=not console.is_json())
+        console.emit({"prompt": prompt, **answer.facts()})
+        return
+    if console.is_json():
+        raise UserError("--json goes with --prompt")
+    converse(chat)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def recorded_base(adapter: Path | None) -> dict[str, Any] | None:
+    """What an adapter's moesmith.json says about the model it was trained on; None when nothing says it."""
+    if adapter is None:
+        return None
+    from moesmith.config import no_such_file
+    from moesmith.models.checkpoint import RECORD, read_json
+
+    if not adapter.is_dir():
+        raise no_such_file(adapter, "adapter")
+    if not (adapter / "adapter_config.json").is_file():
+        inner = sorted(path.parent for path in adapter.glob("*/adapter_config.json"))
+        hint = f"did you mean {inner[0]}?" if inner else "an adapter folder holds adapter_config.json"
+        raise UserError(f"adapter: {adapter} holds no adapter", hint)
+    return read_json(adapter / RECORD).get("base") if (adapter / RECORD).is_file() else None
+
+
+def load(source: str, cfg: Config, base: dict[str, Any] | None) -> tuple[Path, Any, Any]:
+    """(folder, model, tokenizer); packed as asked, as the adapter remembers, or as it lies on disk."""
+    import torch
+    from transformers import AutoTokenizer
+
+    from moesmith.models.checkpoint import Checkpoint, check_architecture, model_class, resolve
+
+    folder = resolve(source)
+    checkpoint = Checkpoint.open(folder)
+    check_architecture(checkpoint.config)
+    if not checkpoint.has_tokenizer:
+        raise UserError(
+            f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model there"
+        )
+    on_gpu = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    if not console.stderr().is_terminal:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+    model = model_class(checkpoint.config).from_pretrained(
+        folder,
+        quantization_config=packing(checkpoint, cfg, base),
+        dtype=cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype),
+        device_map={"": 0} if on_gpu else None,
+    )
+    return folder, model, AutoTokenizer.from_pretrained(folder)
+
+
+def packing(checkpoint: Any, cfg: Config, base: dict[str, Any] | None) -> Any:
+    """The ExpertsConfig to load with; None for a checkpoint that is quantised already, or has no experts."""
+    from moesmith.experts.quantizer import ExpertsConfig
+
+    if checkpoint.quantization is not None:
+        if cfg.scheme is not None:
+            method = checkpoint.quantization.get("quant_method")
+            raise UserError(
+                f"--scheme {cfg.scheme}: {checkpoint.name} is quantised already ({method})",
+                "leave --scheme out",
+            )
+        return None
+    if cfg.scheme == "none":
+        return None
+    if not any("expert" in name for name in checkpoint.tensors):
+        if cfg.scheme is not None:
+            raise UserError(f"--scheme {cfg.scheme}: {checkpoint.name} has no experts", "leave --scheme out")
+        console.note("no experts: loaded as it is")
+        return None
+    recorded = (
+        {key: base[key] for key in ("linears", "double_quant", "blocksize") if key in base} if base else {}
+    )
+    return ExpertsConfig(cfg.scheme or (base or {}).get("scheme") or "nf4", **recorded)
+
+
+def put_adapter(model: nn.Module, adapter: Path, base: dict[str, Any] | None, source: str) -> nn.Module:
+    """The model with the adapter on it. Raises UserError if the adapter was trained on another base."""
+    from peft import PeftModel
+
+    from moesmith.models.checkpoint import fingerprint
+
+    if base is None or not base.get("fingerprint"):
+        console.warn(f"{adapter} does not say which model it was trained on: nothing checks that it fits")
+    elif fingerprint(model) != base["fingerprint"]:
+        words = [base.get("scheme"), "double quant" if base.get("double_quant") else None]
+        how = ", ".join(word for word in words if word)
+        raise UserError(
+            f"{adapter} was trained on another base than {source}",
+            f"its base: {base['path']}" + (f" ({how})" if how else "") + "; leave MODEL out to use that",
+        )
+    return PeftModel.from_pretrained(model, adapter)
+
+
+def settings(cfg: Config, model: Any) -> dict[str, Any]:
+    """What `generate` is told beyond the model's own generation settings."""
+    if cfg.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={cfg.max_new_tokens} must be at least 1")
+    if cfg.temperature is not None and cfg.temperature < 0:
+        raise UserError(f"temperature={cfg.temperature} must be 0 (greedy) or more")
+    if cfg.top_p is not None and not 0 < cfg.top_p <= 1:
+        raise UserError(f"top_p={cfg.top_p} must be above 0 and at most 1")
+    if cfg.seed is not None:
+        import torch
+
+        torch.manual_seed(cfg.seed)
+    chosen: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens}
+    if cfg.temperature == 0:
+        return chosen | {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if cfg.temperature is not None:
+        chosen |= {"do_sample": True, "temperature": cfg.temperature}
+    if cfg.top_p is not None:
+        chosen |= {"do_sample": True, "top_p": cfg.top_p}
+    return chosen
+
+
+# ---------------------------------------------------------------- one answer
+
+
+@dataclass
+class Answer:
+    """What the model said and what it took. `stopped` says Ctrl-C ended it."""
+
+    text: str
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    peak_bytes: int
+    stopped: bool = False
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a program."""
+        return {
+            "answer": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens / self.seconds, 2) if self.seconds else None,
+            "peak_bytes": self.peak_bytes,
+            "stopped": self.stopped,
+        }
+
+
+@dataclass
+class Chat:
+    """A conversation: the model, what was said so far, and how to answer."""
+
+    model: Any
+    tokenizer: Any
+    generation: dict[str, Any]
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.reset()
+        self.end = end_of_turn(self.tokenizer)
+
+    def reset(self) -> None:
+        """Forget everything but the system message."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str, show: bool = True) -> Answer:
+        """Say `text` to the model. The answer is streamed to stdout if `show`, and kept with the question."""
+        import torch
+
+        from moesmith.jobs._memory import PeakMemory
+
+        self.messages.append({"role": "user", "content": text})
+        try:
+            ids = self.encode().to(self.model.device)
+            room = self.room() - ids.shape[1]
+            if room < 1:
+                raise UserError(
+                    f"{ids.shape[1]} tokens are too long for this model ({self.room()})", "/reset starts over"
+                )
+        except UserError:
+            self.messages.pop()
+            raise
+        stream = make_stream(self.tokenizer, self.end, show)
+        options = self.generation | {"max_new_tokens": min(self.generation["max_new_tokens"], room)}
+        stopped = False
+        started = time.perf_counter()
+        with PeakMemory() as peak, torch.inference_mode():
+            try:
+                self.model.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    streamer=stream,
+                    eos_token_id=self.stop_ids(),
+                    pad_token_id=self.pad_id(),
+                    **options,
+                )
+            except KeyboardInterrupt:
+                stopped = True
+        seconds = time.perf_counter() - started
+        stream.finish()
+        self.messages.append({"role": "assistant", "content": stream.text})
+        answer = Answer(stream.text, ids.shape[1], stream.tokens, seconds, peak.nbytes, stopped)
+        if show:
+            self.say_figures(answer)
+        return answer
+
+    def encode(self) -> Tensor:
+        """The conversation with the opening of the next answer, as ids (1, tokens)."""
+        import jinja2
+
+        if self.tokenizer.chat_template is None:
+            text = "\n".join(message["content"] for message in self.messages)
+            return self.tokenizer(text, return_tensors="pt")["input_ids"]
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(
+                f"the chat template refuses this conversation: {error}", "is there a --system it cannot take?"
+            ) from None
+        return encoded["input_ids"]
+
+    def room(self) -> int:
+        """Tokens the model can see at once."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+
+    def stop_ids(self) -> list[int]:
+        """Token ids that end an answer: the model's own and the one its template ends a turn with."""
+        own = self.model.generation_config.eos_token_id
+        own = own if isinstance(own, list) else [own]
+        ends = self.tokenizer.encode(self.end, add_special_tokens=False) if self.end else []
+        ids = [*own, self.tokenizer.eos_token_id, *(ends if len(ends) == 1 else [])]
+        return sorted({token for token in ids if token is not None})
+
+    def pad_id(self) -> int | None:
+        """Padding is never read here; naming one keeps `generate` from guessing aloud."""
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else next(iter(self.stop_ids()), None)
+
+    def say_figures(self, answer: Answer) -> None:
+        """Tokens, rate and peak memory, dim, on stderr."""
+        rate = answer.tokens / answer.seconds if answer.seconds else 0.0
+        stopped = " · stopped" if answer.stopped else ""
+        figures = (
+            f"{answer.tokens} tokens · {rate:.1f} tok/s · peak {console.size(answer.peak_bytes)}{stopped}"
+        )
+        console.note(figures)
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """What the chat template puts right after an assistant turn ("<|im_end|>"), "" if nothing."""
+    if tokenizer.chat_template is None:
+        return ""
+    import jinja2
+
+    word = "ANSWER"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except jinja2.TemplateError:
+        return ""
+    return text.rpartition(word)[2].strip()
+
+
+def make_stream(tokenizer: Any, end: str, show: bool) -> Any:
+    """A streamer that prints an answer as it grows, counts tokens, and leaves out the end-of-turn marker."""
+    from transformers import TextStreamer
+
+    class Stream(TextStreamer):
+        def __init__(self) -> None:
+            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            self.tokens = 0
+            self.text = ""
+            self._held = ""  # may be the beginning of the end-of-turn marker
+            self._ended = False
+
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt:
+                self.tokens += value.numel()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if self._ended:
+                return
+            text = self._held + text
+            self._held = ""
+            if end and end in text:
+                text, self._ended = text[: text.index(end)], True
+            elif end and not stream_end:
+                cut = next((n for n in range(min(len(end), len(text)), 0, -1) if text.endswith(end[:n])), 0)
+                text, self._held = text[: len(text) - cut], text[len(text) - cut :]
+            self.text += text
+            if show:
+                print(text, end="", flush=True)
+
+        def finish(self) -> None:
+            """Print what was held back, also when the answer was stopped, and end the line."""
+            if self.token_cache:
+                self.end()
+            if self._held and not self._ended:
+                self.on_finalized_text("", stream_end=True)
+            self.text = self.text.strip()
+            if show:
+                print(flush=True)
+
+    return Stream()
+
+
+# ---------------------------------------------------------------- the conversation
+
+
+def converse(chat: Chat) -> None:
+    """Read, answer, repeat; until /exit, end of input, or Ctrl-C twice at the prompt."""
+    typed = sys.stdin.isatty()
+    if typed:
+        import readline  # noqa: F401  (arrow keys and history in input())
+
+        console.note("/reset starts over, /exit leaves, Ctrl-C stops an answer")
+    interrupted = False
+    while True:
+        try:
+            line = input("> " if typed else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if interrupted:
+                return
+            interrupted = True
+            console.note("\nonce more, or /exit, to leave")
+            continue
+        interrupted = False
+        if line in ("/exit", "/quit"):
+            return
+        if line == "/reset":
+            chat.reset()
+            console.note("started over")
+        elif line.startswith("/") and line[1:].isalpha():
+            console.note(f"no such command: {line}; there are /reset and /exit")
+        elif line:
+            try:
+                chat.answer(line)
+            except UserError as error:
+                console.error(error.message, error.hint)

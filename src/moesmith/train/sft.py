@@ -1,0 +1,361 @@
+"""Supervised fine-tuning of an adapter: one call that leaves the best and the last adapter in a folder.
+
+`run_sft` is the journey behind `moesmith sft`, for programs: a loaded model, a tokenizer, prepared examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
+
+from moesmith import console
+from moesmith.data.masks import Example
+from moesmith.data.packing import check_isolation, pack
+from moesmith.data.prepare import fingerprint
+from moesmith.errors import UserError
+from moesmith.models.checkpoint import base_record
+
+from . import memory
+from .adapters import AdapterCounts, attach, cast_trainable, count_adapters, save_adapter, trainable
+from .batches import Collator, to_dataset
+from .callbacks import EvaluationCallback, LogCallback, MemoryCallback, ProgressCallback, Stop, StopCallback
+from .folder import RunFolder
+from .settings import RunSettings, TrainSettings
+from .trainer import RunState, Trainer
+
+EVALUATIONS = 10  # and checkpoints, in a run that does not say how many
+
+
+@dataclass
+class SFTResult:
+    """What a run came to. Losses are nats per held-out token; None without held-out examples."""
+
+    steps: int
+    first_eval_loss: float | None
+    """before training"""
+    best_eval_loss: float | None
+    best_step: int | None
+    last_eval_loss: float | None
+    best: Path | None
+    """folder of the adapter with the lowest held-out loss"""
+    last: Path
+    """folder of the adapter after the last step"""
+    seconds: float
+    """training alone, without evaluation and loading; all sessions of a resumed run"""
+    tokens: int
+    peak_bytes: int
+    skipped: int
+    """steps dropped for a loss or gradient that was not finite"""
+    stopped: str | None = None
+    """why it ended before its last step: "interrupted", "terminated", "early stop"; None when it did not"""
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """every logged value, one dict per step or evaluation"""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to resume."""
+        return self.stopped in (None, "early stop")
+
+
+@dataclass
+class Plan:
+    """What a run will do, before it does it."""
+
+    steps: int
+    eval_steps: int
+    save_steps: int
+    sequences: int
+    """rows, or packed sequences, of one epoch"""
+    adapters: AdapterCounts
+    memory: memory.MemoryPlan
+    tokens_per_forward: int
+    """largest forward pass, padding included"""
+
+
+def run_sft(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Sequence[Example],
+    held_out: Sequence[Example],
+    cfg: RunSettings,
+    *,
+    pack_to: int | None = None,
+    base: dict[str, Any] | None = None,
+    data_facts: dict[str, Any] | None = None,
+    quiet: bool = False,
+) -> SFTResult:
+    """Train an adapter on `train` and keep the one with the lowest loss on `held_out`.
+
+    Args:
+        model: as loaded, packed or not; or with an adapter on it, which is then trained further.
+        train, held_out: from `moesmith.data.prepare`. Without held-out examples there is no best adapter.
+        pack_to: put several examples into sequences of this many tokens.
+        base: which model the adapter belongs to, for moesmith.json; worked out from the model if not given.
+        data_facts: what else data.json should say about the rows.
+        quiet: no bar and no lines.
+
+    Raises:
+        UserError: see the message; among them a folder that is in use, a placement the model does not have, packing in
+            a model that mixes packed rows, too many steps that were not finite, no memory left.
+    """
+    return Session(
+        model, tokenizer, train, held_out, cfg, pack_to=pack_to, base=base, data_facts=data_facts, quiet=quiet
+    ).train()
+
+
+class Session:
+    """A training run, ready to start: everything is built and checked, nothing has been trained."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Sequence[Example],
+        held_out: Sequence[Example],
+        cfg: RunSettings,
+        *,
+        pack_to: int | None = None,
+        base: dict[str, Any] | None = None,
+        data_facts: dict[str, Any] | None = None,
+        quiet: bool = False,
+    ):
+        if not train:
+            raise UserError("no rows to train on")
+        for logger in cfg.train.loggers:
+            if find_spec(logger) is None:
+                raise UserError(f"train.loggers asks for {logger}, which is not installed", f"pip install {logger}")
+        self.cfg, self.tokenizer, self.held_out, self.quiet = cfg, tokenizer, held_out, quiet
+        self.pack_to = pack_to
+        self.folder = RunFolder(cfg.out)
+        self.folder.check(cfg, cfg.resume, cfg.overwrite)
+        digest = fingerprint(train, held_out)
+        if cfg.resume:
+            self.folder.check_data(digest)
+        self.data = {"fingerprint": digest, "train": len(train), "held_out": len(held_out), **(data_facts or {})}
+        self.base = base or base_record(_plain(model), _plain(model).name_or_path)
+        if pack_to is not None:
+            check_isolation(model, train)
+        fresh = not isinstance(model, PeftModel)
+        with _quiet_libraries():
+            self.model: PeftModel = attach(model, cfg.lora, cfg.seed) if fresh else model
+        adapters = count_adapters(self.model, cfg.lora.targets if fresh else None)
+        self.sequences = [[e] for e in train] if pack_to is None else pack(train, pack_to)
+        self.plan = self._make_plan(adapters)
+        self.notes = self._check_fit(max(len(e) for e in (*train, *held_out)))
+        self.stop = Stop()
+
+    def _check_fit(self, longest: int) -> list[str]:
+        """Whether tokens and lengths belong to this model. Returns what is odd but allowed."""
+        vocabulary = _plain(self.model).get_input_embeddings().num_embeddings
+        largest = max(int(e.input_ids.max()) for s in self.sequences for e in s)
+        if largest >= vocabulary:
+            raise UserError(
+                f"a row has token {largest}, the model's vocabulary ends at {vocabulary - 1}",
+                "the tokenizer is not this model's",
+            )
+        window = getattr(_plain(self.model).config.get_text_config(), "max_position_embeddings", None)
+        if window and longest > window:
+            return [f"the longest row has {longest:,} tokens, the model was made for {window:,}"]
+        return []
+
+    def _make_plan(self, adapters: AdapterCounts) -> Plan:
+        settings = self.cfg.train
+        forwards = math.ceil(len(self.sequences) / settings.batch_size)
+        per_epoch = math.ceil(forwards / settings.grad_accum)
+        steps = settings.max_steps or max(1, math.ceil(per_epoch * settings.epochs))
+        every = max(1, steps // EVALUATIONS)
+        widest = sorted((sum(map(len, s)) for s in self.sequences), reverse=True)[: settings.batch_size]
+        tokens = sum(widest) if self.pack_to else settings.batch_size * widest[0]
+        most = sorted((sum(e.learned for e in s) for s in self.sequences), reverse=True)[: settings.batch_size]
+        return Plan(
+            steps=steps,
+            eval_steps=settings.eval_steps or every,
+            save_steps=settings.save_steps or every,
+            sequences=len(self.sequences),
+            adapters=adapters,
+            memory=memory.plan(self.model, settings, tokens, sum(most)),
+            tokens_per_forward=tokens,
+        )
+
+    def train(self) -> SFTResult:
+        """Run it to its end, or until someone asks it to stop."""
+        folder, cfg = self.folder, self.cfg
+        checkpoint = folder.newest_checkpoint() if cfg.resume else None
+        folder.begin(cfg, resume=checkpoint is not None)
+        folder.record_data(self.data)
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        if checkpoint:
+            folder.forget_after(step)
+        try:
+            with _bar(self.plan.steps, self.quiet) as bar, _quiet_libraries():
+                trainer, progress, evaluation = self._trainer(bar, first=checkpoint is None)
+                with self.stop.listening():
+                    if step < self.plan.steps:
+                        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                    elif checkpoint:
+                        trainer._load_from_checkpoint(str(checkpoint))
+                        trainer.state.global_step = step
+        except (RuntimeError, MemoryError) as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            raise self._out_of_memory(memory.first_line(error)) from error
+        return self._finish(trainer, progress.seen, evaluation.stopped_early)
+
+    def _trainer(self, bar: console.Bar, first: bool) -> tuple[Trainer, ProgressCallback, EvaluationCallback]:
+        settings = self.cfg.train
+        values = {name: p.detach().clone() for name, p in trainable(self.model).items()}
+        trainer = Trainer(
+            self.model,
+            args=_arguments(self.cfg, self.folder, self.plan, bool(self.held_out), first),
+            train_dataset=to_dataset(self.sequences),
+            eval_dataset=to_dataset([[e] for e in self.held_out]) if self.held_out else None,
+            processing_class=self.tokenizer,
+            data_collator=Collator(_pad_token(self.tokenizer), packed=self.pack_to is not None),
+            folder=self.folder,
+            max_nonfinite=settings.max_nonfinite,
+            keep_checkpoints=settings.keep_checkpoints,
+        )
+        cast_trainable(self.model, values, getattr(torch, settings.adapter_dtype))
+        shortest = min(self.sequences, key=lambda sequence: sum(map(len, sequence)))
+        trainer.check_loss(trainer.data_collator([to_dataset([shortest])[0]]))
+
+        def run_state() -> RunState:
+            return trainer.run_state
+
+        def save_best() -> Path:
+            facts = {"step": trainer.state.global_step, "eval_loss": trainer.run_state.best_loss}
+            save_adapter(self.folder.best, self.model, self.tokenizer, self.base, facts)
+            return self.folder.best
+
+        progress = ProgressCallback(run_state, bar)
+        evaluation = EvaluationCallback(run_state, save_best, settings.early_stop, self.quiet)
+        trainer.remove_callback(PrinterCallback)
+        for callback in (progress, LogCallback(self.folder), MemoryCallback(self._out_of_memory), evaluation):
+            trainer.add_callback(callback)
+        trainer.add_callback(StopCallback(self.stop))
+        if "tensorboard" in settings.loggers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(self.folder.path / "tensorboard")))
+        return trainer, progress, evaluation
+
+    def _finish(self, trainer: Trainer, seen: int, stopped_early: bool) -> SFTResult:
+        run, step = trainer.run_state, trainer.state.global_step
+        self.plan.adapters.unused = trainer.unused
+        facts = {"step": step, "eval_loss": run.last_loss if self.held_out else None}
+        save_adapter(self.folder.last, self.model, self.tokenizer, self.base, facts)
+        stopped = "early stop" if stopped_early else self.stop.reason if step < self.plan.steps else None
+        has_best = self.folder.best.is_dir()
+        result = SFTResult(
+            steps=step,
+            first_eval_loss=run.first_loss,
+            best_eval_loss=run.best_loss if has_best else None,
+            best_step=run.best_step if has_best else None,
+            last_eval_loss=run.last_loss if self.held_out else None,
+            best=self.folder.best if has_best else None,
+            last=self.folder.last,
+            seconds=run.seconds,
+            tokens=run.tokens,
+            peak_bytes=memory.peak(seen),
+            skipped=run.skipped,
+            stopped=stopped,
+            history=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
+        )
+        if result.finished:
+            self.folder.write_result(
+                {
+                    key: str(value) if isinstance(value, Path) else value
+                    for key, value in vars(result).items()
+                    if key != "history"
+                }
+            )
+        return result
+
+    def _out_of_memory(self, what: str) -> UserError:
+        packed = self.base.get("linears") is not None
+        return UserError(*memory.report(what, self.plan.memory, self.cfg.train, self.pack_to is not None, packed))
+
+
+def _arguments(cfg: RunSettings, folder: RunFolder, plan: Plan, evaluate: bool, first: bool) -> SFTConfig:
+    """Our options in TRL's words. Only what is set here differs from TRL's defaults."""
+    train: TrainSettings = cfg.train
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(folder.checkpoints),
+        max_steps=plan.steps,
+        per_device_train_batch_size=train.batch_size,
+        per_device_eval_batch_size=train.batch_size,
+        gradient_accumulation_steps=train.grad_accum,
+        learning_rate=train.lr,
+        lr_scheduler_type="cosine_warmup_with_min_lr",  # unlike cosine_with_min_lr its first step is not taken at 0
+        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio},
+        warmup_steps=train.warmup,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+        optim=train.optim,
+        gradient_checkpointing=train.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=train.dtype == "bfloat16",
+        use_cpu=not on_gpu,
+        dataloader_pin_memory=on_gpu,
+        router_aux_loss_coef=train.router_aux_loss,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=plan.eval_steps,
+        eval_on_start=evaluate and first,
+        save_strategy="steps",
+        save_steps=plan.save_steps,
+        save_total_limit=None,  # the trainer keeps whole checkpoints only, and counts them itself
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # a loss that is not finite is handled, not hidden
+        report_to=["trackio"] if "trackio" in train.loggers else "none",
+        project="moesmith",
+        run_name=folder.path.name,
+        disable_tqdm=True,
+        seed=cfg.seed,
+        max_length=None,
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},  # rows are tokenized and masked already
+    )
+
+
+def _pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What to pad with. It is masked everywhere, so any token does."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def _plain(model: PreTrainedModel | PeftModel) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _bar(steps: int, quiet: bool) -> contextlib.AbstractContextManager[console.Bar]:
+    return contextlib.nullcontext(console.Bar("", None, None)) if quiet else console.bar("", steps)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep advice meant for users of TRL and transformers themselves off the terminal."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)

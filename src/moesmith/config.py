@@ -214,7 +214,7 @@ def _take_flag(
 
 
 def _has_value(rest: list[str], parts: Sequence[Any] = (str,)) -> bool:
-    """Whether the next argument is this flag's value. One that may stand alone takes only what fits its type."""
+    """Whether the next argument is this flag's value. A flag that may stand alone takes only what fits it."""
     if not rest:
         return False
     if bool in parts and str not in parts and Path not in parts:

@@ -10,6 +10,7 @@ arithmetic can differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,9 @@ def test_packed_equals_dequantised(packed: nn.Module, dequantised: nn.Module):
     assert torch.equal(logits(packed), logits(dequantised, "grouped_mm"))
 
 
-def test_packing_is_not_a_no_op(family: str, packed: nn.Module, checkpoint: Checkpoint):
+def test_packing_is_not_a_no_op(family: str, packed: nn.Module):
     """4 bits cost something: else the comparison above compares nothing."""
-    assert float((logits(packed) - logits(load(family, checkpoint(family)))).abs().max()) > 1e-2
+    assert float((logits(packed) - logits(tiny.build(family))).abs().max()) > 1e-2
 
 
 def test_saved_and_reloaded_without_arguments_it_is_bit_equal(family: str, packed: nn.Module, tmp_path: Path):
@@ -296,11 +297,11 @@ def test_adapters_that_cannot_keep_the_law_are_refused(family: str):
 
 
 @pytest.fixture(scope="module")
-def adapter(family: str, checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def adapter(family: str, packed: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A saved adapter on the packed family: its folder, the logits with it and without, its gradients."""
     if family in REFUSED:
         pytest.skip(f"adapters on the experts of {family} are refused")
-    model = load(family, checkpoint(family), ExpertsConfig("nf4"))
+    model = deepcopy(packed)
     without = logits(model)
     peft_model = adapted(model)
     peft_model(**tiny.inputs(model)).logits.square().mean().backward()
@@ -340,10 +341,9 @@ def test_gradient_reaches_every_adapter_parameter_of_every_used_expert(packed: n
         assert torch.equal(reached, adapter["used"][experts]), name
 
 
-def test_stock_peft_runs_and_merges_our_adapter(
-    family: str, adapter: dict, packed: nn.Module, checkpoint: Checkpoint, stock_peft: None
-):
-    stock = dequantise(packed, load(family, checkpoint(family), experts_implementation="eager"))
+def test_stock_peft_runs_and_merges_our_adapter(adapter: dict, dequantised: nn.Module, stock_peft: None):
+    stock = deepcopy(dequantised)
+    stock.set_experts_implementation("eager")
     running = PeftModel.from_pretrained(stock, adapter["folder"]).eval()
     assert_close(logits(running), adapter["logits"], 1e-4)
     assert_close(logits(running.merge_and_unload()), adapter["logits"], 1e-4)
@@ -386,15 +386,17 @@ def permute(model: nn.Module, router: bool) -> nn.Module:
     return model
 
 
-def test_experts_permuted_with_the_router_change_nothing(
-    family: str, packed: nn.Module, checkpoint: Checkpoint
-):
-    permuted = permute(load(family, checkpoint(family), ExpertsConfig("nf4")), router=True)
-    assert_close(logits(permuted), logits(packed), 1e-5)
+# Its router's softmax adds up in another order, and its recurrent attention makes 1e-7 of that into 2e-5.
+PERMUTED_TOLERANCE = {"qwen3_next": 1e-4}
 
 
-def test_experts_permuted_alone_change_the_logits(family: str, packed: nn.Module, checkpoint: Checkpoint):
-    permuted = permute(load(family, checkpoint(family), ExpertsConfig("nf4")), router=False)
+def test_experts_permuted_with_the_router_change_nothing(family: str, packed: nn.Module):
+    permuted = permute(deepcopy(packed), router=True)
+    assert_close(logits(permuted), logits(packed), PERMUTED_TOLERANCE.get(family, 1e-5))
+
+
+def test_experts_permuted_alone_change_the_logits(packed: nn.Module):
+    permuted = permute(deepcopy(packed), router=False)
     assert float((logits(permuted) - logits(packed)).abs().max()) > 1e-2
 
 

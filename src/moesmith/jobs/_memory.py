@@ -60,6 +60,6 @@ def anonymous_memory() -> int:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("RssAnon:"):
                 return int(line.split()[1]) * 1024
-    import psutil
+    import psutil  # type: ignore[import-untyped]
 
     return psutil.Process().memory_info().rss

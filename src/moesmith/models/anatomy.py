@@ -59,7 +59,6 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
 @dataclass
 class Anatomy:
     """What a model is made of. Counts are parameters, each once however often it is tied."""
-
     model_type: str
     layers: int
     moe_layers: int = 0
@@ -241,8 +240,7 @@ def _linear_bytes(weight: nn.Parameter, scheme: str | None, double_quant: bool) 
     return -(-n // 2) + (blocks + 4 * -(-blocks // 256) if double_quant else 4 * blocks)
 
 
-def _embeddings(model: nn.Module) -> list[nn.Parameter]:
-
+def _embeddings(model: nn.Module) -> list[torch.Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
 
 

@@ -71,13 +71,13 @@ class Checkpoint:
 
     @classmethod
     def _open_hub(cls, name: str) -> Checkpoint:
-        from huggingface_hub import get_safetensors_metadata, snapshot_download
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import NotASafetensorsRepoError
 
         with _HubErrors(name):
-            folder = Path(snapshot_download(name, allow_patterns=["config.json", *SIDE_FILES]))
+            folder = Path(HfApi().snapshot_download(name, allow_patterns=["config.json", *SIDE_FILES]))
             try:
-                metadata = get_safetensors_metadata(name)
+                metadata = HfApi().get_safetensors_metadata(name)
             except NotASafetensorsRepoError:
                 raise UserError(
                     f"{name}: no safetensors weights on the hub", CONVERT.format(model=name)
@@ -146,12 +146,11 @@ def resolve(model: str | Path) -> Path:
     folder = local_folder(model)
     if folder is not None:
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi
 
     with _HubErrors(str(model)):
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors", INDEX, "config.json", *SIDE_FILES])
-        )
+        patterns = ["*.safetensors", INDEX, "config.json", *SIDE_FILES]
+        return Path(HfApi().snapshot_download(str(model), allow_patterns=patterns))
 
 
 class _HubErrors:
@@ -166,7 +165,6 @@ class _HubErrors:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None or isinstance(error, UserError):
             return
-        import httpx
         from huggingface_hub import errors
 
         if isinstance(error, errors.GatedRepoError):
@@ -177,13 +175,16 @@ class _HubErrors:
         if isinstance(
             error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError)
         ):
-            raise UserError(f"{self.name}: no such folder here and no such model on the hub") from None
+            raise UserError(
+                f"{self.name}: no such folder here and no such model on the hub",
+                "a private model needs `hf auth login` first",
+            ) from None
         if isinstance(error, errors.SafetensorsParsingError):
             raise UserError(f"{self.name}: {' '.join(str(error).split())}") from None
         unreachable = (
             errors.OfflineModeIsEnabled,
             errors.LocalEntryNotFoundError,
-            httpx.HTTPError,
+            errors.HTTPError,
             ConnectionError,
         )
         if isinstance(error, unreachable) or isinstance(error.__cause__, unreachable):

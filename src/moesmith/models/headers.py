@@ -30,7 +30,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One stored tensor. `start` and `end` are byte offsets in `file`, counted from the file's first byte."""
+    """One stored tensor. `start` and `end` are byte offsets in `file`; read from the hub, in its data part."""
 
     name: str
     dtype: str

@@ -108,10 +108,10 @@ class _GroupedLinear(torch.autograd.Function):
         if lora_a is None or lora_b is None:
             ctx.save_for_backward(None, None, None, None)
             return _project(x, stack, offsets, over_columns=not transposed)
-        a = PackedStack(lora_a.to(x.dtype).contiguous(), scheme="bf16")
+        a = PackedStack(_cast_hit(lora_a, offsets, x.dtype), scheme="bf16")
         low_Rr = _project_low_rank(x, a, offsets, stack).mul_(scaling)
         # B arrives as PEFT stores it, expert fastest: this is its one contiguous copy, rank-major for the kernels
-        b_ErO = lora_b.transpose(1, 2).to(x.dtype).contiguous()
+        b_ErO = _cast_hit(lora_b.transpose(1, 2), offsets, x.dtype)
         y = _project(x, stack, offsets, not transposed, (low_Rr, b_ErO))
         wants_a, wants_b = ctx.needs_input_grad[1:3]
         ctx.save_for_backward(x if wants_a else None, low_Rr if wants_b else None, lora_a, lora_b)
@@ -130,16 +130,27 @@ class _GroupedLinear(torch.autograd.Function):
                 grad_x = _project(grad_y, stack, offsets, over_columns)
             return grad_x, *[None] * 6
         if wants_x or wants_a:
-            b = PackedStack(lora_b.transpose(1, 2).to(grad_y.dtype).contiguous(), scheme="bf16")
+            b = PackedStack(_cast_hit(lora_b.transpose(1, 2), offsets, grad_y.dtype), scheme="bf16")
             low_grad_Rr = _project_low_rank(grad_y, b, offsets, stack).mul_(ctx.scaling)
             if wants_x:
-                a_ErI = lora_a.to(grad_y.dtype).contiguous()
+                a_ErI = _cast_hit(lora_a, offsets, grad_y.dtype)
                 grad_x = _project(grad_y, stack, offsets, over_columns, (low_grad_Rr, a_ErI))
             if wants_a:
                 grad_a = _gram(low_grad_Rr, x, offsets, lora_a.dtype, stack)
         if wants_b:
             grad_b = _gram(low_Rr, grad_y, offsets, lora_b.dtype, stack).transpose(1, 2)
         return grad_x, grad_a, grad_b, *[None] * 4
+
+
+def _cast_hit(adapter: Tensor, offsets: list[int], dtype: torch.dtype) -> Tensor:
+    """(E, r, m) in `dtype`, contiguous; when few experts have rows (decoding), only theirs are filled in."""
+    experts = len(offsets) - 1
+    if offsets[-1] * 4 <= experts and adapter.device.type == "cpu":
+        hit = torch.tensor([e for e in range(experts) if offsets[e] < offsets[e + 1]], dtype=torch.int64)
+        out = torch.empty(adapter.shape, dtype=dtype)
+        out[hit] = adapter[hit].to(dtype)
+        return out
+    return adapter.to(dtype).contiguous()
 
 
 def _project_low_rank(x: Tensor, small: PackedStack, offsets: list[int], like: PackedStack) -> Tensor:

@@ -25,6 +25,7 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _MIN_ELEMENTS = 65536
 """Matrices smaller than this go through torch.mm, so that tiny models equal stock bit for bit."""
 
+_BLOCKSIZES = frozenset(2**i for i in range(4, 20))
 _FEW_ROWS = 32
 """Up to this many rows in all, reading the packed bytes is the whole cost: no panels."""
 
@@ -35,8 +36,8 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         ("codes", c_void_p), ("absmax", c_void_p), ("scale", c_void_p), ("offset", c_void_p),
         ("codebook", c_void_p), ("absmax_codebook", c_void_p),
-        ("experts", c_int64), ("rows", c_int64), ("columns", c_int64), ("blocksize", c_int64), ("scales", c_int64),
-        ("kind", c_int32), ("pad", c_int32),
+        ("experts", c_int64), ("rows", c_int64), ("columns", c_int64), ("scales", c_int64), ("row_blocks", c_int64),
+        ("block_shift", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -144,7 +145,7 @@ def can_project(x: Tensor, stack: PackedStack) -> bool:
         rows * columns >= _MIN_ELEMENTS
         and rows % 16 == 0
         and columns % 16 == 0
-        and (stack.codes.dtype in (torch.bfloat16, torch.float16) or (stack.blocksize or 0) % 16 == 0)
+        and (stack.codes.dtype in (torch.bfloat16, torch.float16) or stack.blocksize in _BLOCKSIZES)
         and all(t is None or (t.device.type == "cpu" and t.is_contiguous()) for t in tensors)
     )
 
@@ -187,13 +188,14 @@ def _pad_rank(low: Tensor, mats: Tensor) -> tuple[Tensor, Tensor]:
 def _describe(stack: PackedStack) -> _Stack:
     experts, rows, columns = stack.shape
     half = {torch.bfloat16: 2, torch.float16: 3}.get(stack.codes.dtype)
-    described = _Stack(codes=stack.codes.data_ptr(), experts=experts, rows=rows, columns=columns, blocksize=columns)
+    described = _Stack(codes=stack.codes.data_ptr(), experts=experts, rows=rows, columns=columns)
     if half is not None:
         described.kind = half
         return described
     assert stack.absmax is not None and stack.scheme not in CAST_DTYPES
     described.kind = 0 if BITS[stack.scheme] == 4 else 1
-    described.blocksize = stack.blocksize or columns
+    described.row_blocks = stack.absmax.shape[2]
+    described.block_shift = (columns // stack.absmax.shape[2]).bit_length() - 1
     described.absmax = stack.absmax.data_ptr()
     described.codebook = codebook(stack.scheme).data_ptr()
     if stack.scale is not None and stack.offset is not None:

@@ -48,15 +48,14 @@ INLINE void lookup_4bit(const uint8_t *codes, __m512 codebook, float absmax, __m
 }
 
 // Sixteen columns of any packed kind, fp32; a block never ends inside them.
-INLINE __m512 unpack16(const Stack *s, int64_t e, int64_t n, int64_t k, int kind, __m512 codebook) {
-    int64_t i = (e * s->rows + n) * s->columns + k;
-    __m512 scale = _mm512_set1_ps(absmax_at(s, e, (n * s->columns + k) / s->blocksize));
+INLINE __m512 unpack16(const Stack *s, Row row, int64_t k, int kind, __m512 codebook) {
+    __m512 scale = _mm512_set1_ps(row.absmax[k >> s->block_shift]);
     if (kind == EIGHT_BIT) {
-        __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(s->codes + i)));
+        __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(row.codes + k)));
         return _mm512_mul_ps(_mm512_i32gather_ps(index, s->codebook, 4), scale);
     }
     const __m128i low = _mm_set1_epi8(15);
-    __m128i b = _mm_loadl_epi64((const __m128i *)(s->codes + i / 2));
+    __m128i b = _mm_loadl_epi64((const __m128i *)(row.codes + (uint64_t)k / 2));
     b = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(b, 4), low), _mm_and_si128(b, low));
     return _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(b), codebook), scale);
 }
@@ -73,19 +72,17 @@ INLINE Group load_raw(const uint16_t *row, int64_t k, int64_t columns, int kind)
     return split_chunks(a, b);
 }
 
-// `fast`: four bits and blocks of a multiple of 64 columns.
-INLINE Group unpack_group(const Stack *s, int64_t e, int64_t n, int64_t k, int kind, int fast, __m512 codebook) {
+// `fast`: four bits and blocks of 64 columns or more.
+INLINE Group unpack_group(const Stack *s, Row row, int64_t k, int kind, int fast, __m512 codebook) {
     if (fast) {
         __m512i even, odd;
-        const uint8_t *codes = s->codes + ((e * s->rows + n) * s->columns + k) / 2;
-        lookup_4bit(codes, codebook, absmax_at(s, e, (n * s->columns + k) / s->blocksize), &even, &odd);
+        lookup_4bit(row.codes + (uint64_t)k / 2, codebook, row.absmax[k >> s->block_shift], &even, &odd);
         return (Group){_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
     }
-    if (kind == RAW_BF16 || kind == RAW_FP16)
-        return load_raw((const uint16_t *)s->codes + (e * s->rows + n) * s->columns, k, s->columns, kind);
+    if (kind == RAW_BF16 || kind == RAW_FP16) return load_raw((const uint16_t *)row.codes, k, s->columns, kind);
     __m512 f[4];
     for (int q = 0; q < 4; q++)
-        f[q] = k + 16 * q < s->columns ? unpack16(s, e, n, k + 16 * q, kind, codebook) : _mm512_setzero_ps();
+        f[q] = k + 16 * q < s->columns ? unpack16(s, row, k + 16 * q, kind, codebook) : _mm512_setzero_ps();
     return split_chunks(pack_bf16(f[0], f[1]), pack_bf16(f[2], f[3]));
 }
 
@@ -100,16 +97,23 @@ INLINE void transpose_lanes(__m512i *a) {
 // ---------------------------------------------------------------- x @ W^T: sums over columns
 
 // Panel of 16 matrix rows: for each chunk four vectors; vector g holds the chunk of rows g, g+4, g+8, g+12.
-INLINE void pack_columns(const Stack *s, int64_t e, int64_t n0, __m512i *panel, int kind, int fast) {
+INLINE void pack_columns(const Stack *s, int64_t e, int64_t n0, __m512i *panel, float *buffer, int kind, int fast) {
     __m512 codebook = kind == FOUR_BIT ? _mm512_loadu_ps(s->codebook) : _mm512_setzero_ps();
     int64_t chunks = (s->columns + 63) / 64 * 8;
     for (int g = 0; g < 4; g++) {
+        Row row[4];
+        int valid[4];
+        for (int lane = 0; lane < 4; lane++) {
+            int64_t n = n0 + g + 4 * lane;
+            valid[lane] = n < s->rows;
+            if (valid[lane]) row[lane] = row_at(s, e, n, 0, s->columns, buffer + lane * s->row_blocks);
+        }
         for (int64_t c = 0; c < chunks; c += 8) {
             __m512i lo[4], hi[4];
+#pragma GCC unroll 4
             for (int lane = 0; lane < 4; lane++) {
-                int64_t n = n0 + g + 4 * lane;
                 Group w = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-                if (n < s->rows) w = unpack_group(s, e, n, c * 8, kind, fast, codebook);
+                if (valid[lane]) w = unpack_group(s, row[lane], c * 8, kind, fast, codebook);
                 lo[lane] = w.lo, hi[lane] = w.hi;
             }
             transpose_lanes(lo), transpose_lanes(hi);
@@ -168,18 +172,21 @@ INLINE void store_pair(__m512i *to, Group a, Group b) {
     _mm512_store_si512(to + 2, _mm512_unpacklo_epi16(a.hi, b.hi)), _mm512_store_si512(to + 3, _mm512_unpackhi_epi16(a.hi, b.hi));
 }
 
-INLINE void pack_rows(const Stack *s, int64_t e, int64_t n0, int64_t n1, int64_t k0, int groups, __m512i *panel, int kind,
-                      int fast) {
+INLINE void pack_rows(const Stack *s, int64_t e, int64_t n0, int64_t n1, int64_t k0, int groups, __m512i *panel, float *buffer,
+                      int kind, int fast) {
     __m512 codebook = kind == FOUR_BIT ? _mm512_loadu_ps(s->codebook) : _mm512_setzero_ps();
     int64_t pairs = (n1 - n0) / 2, bits = kind == FOUR_BIT ? 4 : kind == EIGHT_BIT ? 8 : 16;
+    int64_t row_bytes = s->columns * bits / 8, k1 = k0 + 64 * groups < s->columns ? k0 + 64 * groups : s->columns;
     for (int64_t p = 0; p < pairs; p++) {
         int64_t n = n0 + 2 * p;
+        Row first = row_at(s, e, n, k0, k1, buffer), second = row_at(s, e, n + 1, k0, k1, buffer + s->row_blocks);
         // columns of neighbouring rows are far apart in memory; ask early
-        __builtin_prefetch(s->codes + ((e * s->rows + n + 16) * s->columns + k0) * bits / 8);
-        __builtin_prefetch(s->codes + ((e * s->rows + n + 17) * s->columns + k0) * bits / 8);
+        __builtin_prefetch(first.codes + 16 * row_bytes + k0 * bits / 8);
+        __builtin_prefetch(second.codes + 16 * row_bytes + k0 * bits / 8);
+#pragma GCC unroll 2
         for (int g = 0; g < groups; g++) {
-            Group a = unpack_group(s, e, n, k0 + 64 * g, kind, fast, codebook);
-            Group b = unpack_group(s, e, n + 1, k0 + 64 * g, kind, fast, codebook);
+            Group a = unpack_group(s, first, k0 + 64 * g, kind, fast, codebook);
+            Group b = unpack_group(s, second, k0 + 64 * g, kind, fast, codebook);
             store_pair(panel + (g * (int64_t)(REDUCE_BLOCK / 2) + p) * 4, a, b);
         }
     }
@@ -244,15 +251,16 @@ INLINE void rows_tile(int m, const uint16_t *g, int64_t ldg, const __m512i *pane
     else if ((s)->kind == EIGHT_BIT) call(EIGHT_BIT, 0); else if ((s)->kind == RAW_BF16) call(RAW_BF16, 0); \
     else call(RAW_FP16, 0)
 
-static __attribute__((noinline)) void columns_pack(const Stack *s, int64_t e, int64_t n0, __m512i *panel, int fast) {
-#define CALL(kind, f) pack_columns(s, e, n0, panel, kind, f)
+static __attribute__((noinline)) void columns_pack(const Stack *s, int64_t e, int64_t n0, __m512i *panel,
+                                                   float *buffer, int fast) {
+#define CALL(kind, f) pack_columns(s, e, n0, panel, buffer, kind, f)
     FOR_KIND(s, fast, CALL);
 #undef CALL
 }
 
 static __attribute__((noinline)) void rows_pack(const Stack *s, int64_t e, int64_t n0, int64_t n1, int64_t k0, int groups,
-                                                __m512i *panel, int fast) {
-#define CALL(kind, f) pack_rows(s, e, n0, n1, k0, groups, panel, kind, f)
+                                                __m512i *panel, float *buffer, int fast) {
+#define CALL(kind, f) pack_rows(s, e, n0, n1, k0, groups, panel, buffer, kind, f)
     FOR_KIND(s, fast, CALL);
 #undef CALL
 }
@@ -271,10 +279,12 @@ static void columns_task(const Job *job, int64_t e, int64_t r0, int64_t r1, int6
     const Stack *s = job->stack;
     int64_t chunks = job->in / 8, padded = (job->in + 63) / 64 * 8, chunks2 = job->rank / 8;
     int64_t stride = (padded + chunks2) * 4;  // vectors per 16 matrix rows
-    __m512i *panel = scratch((size_t)((n1 - n0 + 15) / 16 * stride) * 64);
+    int64_t vectors = (n1 - n0 + 15) / 16 * stride;
+    __m512i *panel = scratch((size_t)vectors * 64 + (size_t)s->row_blocks * 16);
+    float *buffer = (float *)(panel + vectors);
     for (int64_t n = n0; n < n1; n += 16) {
         __m512i *to = panel + (n - n0) / 16 * stride;
-        columns_pack(s, e, n, to, job->fast);
+        columns_pack(s, e, n, to, buffer, job->fast);
         if (job->rank)
             pack_extra_columns(job->mats + e * job->rank * job->out, job->rank, job->out, n, (uint16_t *)(to + padded * 4));
     }
@@ -297,14 +307,15 @@ static void rows_task(const Job *job, int64_t e, int64_t r0, int64_t r1, int64_t
     int groups = (int)((k1 - k0 + 63) / 64);
     int64_t panel_vectors = REDUCE_BLOCK / 2 * 4, rank = job->rank;
     int64_t sum_vectors = (r1 - r0) * 4;
-    __m512i *panel = scratch((size_t)(groups * (panel_vectors + sum_vectors + rank * 2)) * 64);
+    __m512i *panel = scratch((size_t)(groups * (panel_vectors + sum_vectors + rank * 2)) * 64 + (size_t)s->row_blocks * 8);
     __m512 *sums = (__m512 *)(panel + groups * panel_vectors);
     __m512i *panel2 = (__m512i *)(sums + groups * sum_vectors);
+    float *buffer = (float *)(panel2 + groups * rank * 2);
     for (int g = 0; rank && g < groups; g++)
         pack_extra_rows(job->mats + e * rank * job->out, rank, job->out, k0 + 64 * g, panel2 + g * rank * 2);
     for (int64_t n0 = 0; n0 < job->in; n0 += REDUCE_BLOCK) {
         int64_t n1 = n0 + REDUCE_BLOCK < job->in ? n0 + REDUCE_BLOCK : job->in;
-        rows_pack(s, e, n0, n1, k0, groups, panel, job->fast);
+        rows_pack(s, e, n0, n1, k0, groups, panel, buffer, job->fast);
         for (int g = 0; g < groups; g++) {
             const __m512i *w = panel + g * panel_vectors, *w2 = panel2 + g * rank * 2;
             int64_t left = k1 - k0 - 64 * g;
@@ -329,7 +340,7 @@ static void rows_task(const Job *job, int64_t e, int64_t r0, int64_t r1, int64_t
 EXPORT void moesmith_project(const Stack *s, const uint16_t *x, uint16_t *y, const int64_t *offsets, int over_columns,
                              const uint16_t *x2, const uint16_t *mats, int64_t rank, int threads) {
     Job job = {s, x, x2, mats, y, offsets, over_columns ? s->columns : s->rows, over_columns ? s->rows : s->columns, rank,
-               s->kind == FOUR_BIT && s->blocksize % 64 == 0};
+               s->kind == FOUR_BIT && s->block_shift >= 6};
     // over columns: as many matrix rows as fit beside the rows of x in a typical 1 MB second-level cache
     int64_t width = 128;
     if (over_columns) {
@@ -386,11 +397,15 @@ static void split_row(const uint16_t *x, int64_t columns, __m512i *to) {
 #define ODD_WORDS WORDS(1)
 
 // sums[i * FEW_BLOCK + n - n0] = row i of x times matrix row n, for m rows of x (m <= FEW) and n0 <= n < n1.
-INLINE void few_rows(const Stack *s, int64_t e, int64_t n0, int64_t n1, const __m512i *x, int m, float *sums, int kind,
-                     int fast) {
+INLINE void few_rows(const Stack *s, int64_t e, int64_t n0, int64_t n1, const __m512i *x, int m, float *sums, float *buffer,
+                     int kind, int fast) {
     __m512 codebook = kind == FOUR_BIT ? _mm512_loadu_ps(s->codebook) : _mm512_setzero_ps();
     int64_t groups = (s->columns + 63) / 64;
+    int shift = s->block_shift - 6;
     for (int64_t n = n0; n < n1; n += 4) {
+        Row row[4];
+        for (int j = 0; j < 4; j++)
+            row[j] = row_at(s, e, n + j < n1 ? n + j : n1 - 1, 0, s->columns, buffer + j * s->row_blocks);
         __m512 acc[4][FEW];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)
@@ -399,14 +414,12 @@ INLINE void few_rows(const Stack *s, int64_t e, int64_t n0, int64_t n1, const __
         for (int64_t g = 0; g < groups; g++) {
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                int64_t row = n + j < n1 ? n + j : n1 - 1;
                 __m512i even, odd;
                 if (fast) {
-                    int64_t i = row * s->columns + g * 64;
-                    lookup_4bit(s->codes + (e * s->rows * s->columns + i) / 2, codebook, absmax_at(s, e, i / s->blocksize),
-                                &even, &odd);
+                    __builtin_prefetch(row[j].codes + g * 32 + 8 * s->columns);  // four rows on: the next pass
+                    lookup_4bit(row[j].codes + g * 32, codebook, row[j].absmax[g >> shift], &even, &odd);
                 } else {
-                    Group w = unpack_group(s, e, row, g * 64, kind, 0, codebook);
+                    Group w = unpack_group(s, row[j], g * 64, kind, 0, codebook);
                     even = _mm512_permutex2var_epi16(w.lo, EVEN_WORDS, w.hi);
                     odd = _mm512_permutex2var_epi16(w.lo, ODD_WORDS, w.hi);
                 }
@@ -428,7 +441,8 @@ static __attribute__((noinline)) void few_task(const Job *job, int64_t e, int64_
                                                const __m512i *x) {
     float sums[FEW * FEW_BLOCK] __attribute__((aligned(64)));
     const Stack *s = job->stack;
-#define ROWS(m, kind, f) few_rows(s, e, n0, n1, x, m, sums, kind, f)
+    float *buffer = scratch((size_t)s->row_blocks * 16);
+#define ROWS(m, kind, f) few_rows(s, e, n0, n1, x, m, sums, buffer, kind, f)
 #define CALL(kind, f)                                                                                                     \
     do { if (m == 1) ROWS(1, kind, f); else if (m == 2) ROWS(2, kind, f); else if (m == 3) ROWS(3, kind, f); else ROWS(4, kind, f); } while (0)
     FOR_KIND(s, job->fast, CALL);
@@ -455,7 +469,7 @@ static __attribute__((noinline)) void few_task(const Job *job, int64_t e, int64_
 // As moesmith_project over columns, for a small R: one pass over the packed bytes per FEW rows, no panels.
 EXPORT void moesmith_project_few(const Stack *s, const uint16_t *x, uint16_t *y, const int64_t *offsets, const uint16_t *x2,
                                  const uint16_t *mats, int64_t rank, int threads) {
-    Job job = {s, x, x2, mats, y, offsets, s->columns, s->rows, rank, s->kind == FOUR_BIT && s->blocksize % 64 == 0};
+    Job job = {s, x, x2, mats, y, offsets, s->columns, s->rows, rank, s->kind == FOUR_BIT && s->block_shift >= 6};
     int64_t rows = offsets[s->experts], groups = (s->columns + 63) / 64, blocks = (s->rows + FEW_BLOCK - 1) / FEW_BLOCK;
     __m512i *split = aligned_alloc(64, (size_t)(rows * groups * 2 + 1) * 64);
     int64_t *starts = malloc((size_t)(rows + 1) * 2 * sizeof *starts), batches = 0;

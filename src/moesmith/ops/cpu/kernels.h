@@ -35,17 +35,32 @@ typedef struct {
     const float *offset;     // (experts,)
     const float *codebook;   // 16 or 256 values
     const float *absmax_codebook;
-    int64_t experts, rows, columns, blocksize, scales;
-    int32_t kind, pad;
+    int64_t experts, rows, columns;
+    int64_t scales;          // block scales per expert
+    int64_t row_blocks;      // blocks per row
+    int32_t block_shift;     // a block is 1 << block_shift columns
+    int32_t kind;
 } Stack;
 
-// fp32 absmax of block i of expert e; two roundings, as dequantize_absmax does it.
-INLINE float absmax_at(const Stack *s, int64_t e, int64_t i) {
-    int64_t blocks = s->rows * (s->columns / s->blocksize);
-    if (!s->scale) return ((const float *)s->absmax)[e * blocks + i];
-    float value = s->absmax_codebook[((const uint8_t *)s->absmax)[e * blocks + i]];
-    value *= s->scale[e * s->scales + i / 256];
-    return value + s->offset[e];
+// One row of one expert: its bytes, and its fp32 absmax by block.
+typedef struct {
+    const uint8_t *codes;
+    const float *absmax;
+} Row;
+
+// Row n of expert e. Of a quantised absmax the blocks of columns k0..k1 are unpacked into `buffer` (row_blocks floats), with the
+// two roundings of dequantize_absmax.
+INLINE Row row_at(const Stack *s, int64_t e, int64_t n, int64_t k0, int64_t k1, float *buffer) {
+    int64_t row = e * s->rows + n, bytes = s->kind == FOUR_BIT ? s->columns / 2 : s->columns;
+    if (s->kind == RAW_BF16 || s->kind == RAW_FP16) return (Row){s->codes + row * s->columns * 2, NULL};
+    if (!s->scale) return (Row){s->codes + row * bytes, (const float *)s->absmax + row * s->row_blocks};
+    const uint8_t *codes = (const uint8_t *)s->absmax + row * s->row_blocks;
+    const float *scale = s->scale + e * s->scales;
+    for (int64_t b = k0 >> s->block_shift; b <= (k1 - 1) >> s->block_shift; b++) {
+        float value = s->absmax_codebook[codes[b]] * scale[(n * s->row_blocks + b) / 256];
+        buffer[b] = value + s->offset[e];
+    }
+    return (Row){s->codes + row * bytes, buffer};
 }
 
 #endif

@@ -17,6 +17,7 @@ import importlib.metadata
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -97,8 +98,11 @@ def _main(argv: list[str]) -> int:
     from moesmith import config, console
 
     cfg = config.parse(job.Config, rest, positional=job.POSITIONAL)
-    # bitsandbytes announces at import that an optional kernel package is absent
+    # Not for the person at the keyboard: bitsandbytes announces at import that an optional kernel package is
+    # absent, the libraries tell each other what they will rename.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for about in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=about)
     if getattr(job, "SEAMS", True):
         import moesmith
 

@@ -84,14 +84,17 @@ def table(
     """Columns: the first left-aligned, the others right-aligned. `label_width` pads the first column."""
     if _json:
         return
+    narrow = stdout().is_terminal
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for index, name in enumerate(header):
         if index == 0:
             grid.add_column(name, style="bold", min_width=label_width, no_wrap=True)
         else:
-            grid.add_column(name, justify="right", no_wrap=True)
+            grid.add_column(
+                name, justify="right", overflow="fold"
+            )  # a long title may break, a figure may not
     for cells in rows:
-        grid.add_row(*cells)
+        grid.add_row(*(c.replace(" ", "\u00a0") if isinstance(c, str) and narrow else c for c in cells))
     _print_table(grid)
 
 

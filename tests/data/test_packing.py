@@ -25,7 +25,7 @@ def test_bins_hold_every_row_once_and_are_not_overfull():
     bins = pack(examples, 64)
     assert sorted(e.row for b in bins for e in b) == list(range(1, 201))
     assert max(sum(map(len, b)) for b in bins) <= 64
-    assert len(bins) <= 1.03 * np.ceil(lengths.sum() / 64)
+    assert len(bins) <= 1.07 * np.ceil(lengths.sum() / 64)
     assert [[e.row for e in b] for b in pack(examples, 64)] == [[e.row for e in b] for b in bins]
 
 
@@ -48,23 +48,27 @@ def test_packed_logits_equal_separate_logits(family, attention):
     examples = rows(20, 31, 12)
     packed = concatenate(examples)
     with torch.no_grad():
-        together = model(input_ids=packed["input_ids"], position_ids=packed["position_ids"], use_cache=False).logits[0]
+        inputs = {name: packed[name] for name in ("input_ids", "position_ids")}
+        together = model(**inputs, use_cache=False).logits[0]
         start = 0
         for example in examples:
             alone = model(input_ids=torch.as_tensor(example.input_ids)[None].long(), use_cache=False).logits[0]
             torch.testing.assert_close(together[start : start + len(example)], alone, rtol=2e-4, atol=2e-5)
             start += len(example)
-    assert check_isolation(model, examples) < 1e-3
+    check_isolation(model, examples, 64)
+    check_isolation(model.to(torch.bfloat16), examples, 64)
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "jamba", "qwen3_next"])
-def test_a_model_that_would_mix_packed_rows_is_refused(family):
-    # gpt-oss builds its masks without position_ids; the others carry a state along the sequence.
-    model = tiny.build(family)
-    with pytest.raises(UserError, match="packed rows would see each other"):
-        check_isolation(model, rows(20, 31))
+# gpt-oss builds its masks without position_ids, Mamba and linear attention carry a state along the sequence, and a
+# sparse indexer chooses among the tokens of all rows.
+@pytest.mark.parametrize("family", ["gpt_oss", "jamba", "qwen3_next", "mistral_large4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_would_mix_packed_rows_is_refused(family, dtype):
+    model = tiny.build(family, dtype=dtype).train()
+    with pytest.raises(UserError, match="cannot be trained on packed rows"):
+        check_isolation(model, rows(20, 31, 25, 12), 64)
     assert model.training
 
 
-def test_the_same_row_twice_is_still_a_test():
-    assert check_isolation(tiny.build("olmoe"), rows(20)) < 1e-3
+def test_one_row_is_enough_for_the_check():
+    check_isolation(tiny.build("olmoe"), rows(20), 64)

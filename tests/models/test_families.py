@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from dataclasses import fields, replace
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import tiny
-from moesmith.models import families
+from moesmith.errors import UserError
 from moesmith.models.families import FAMILIES, Family, family
 from moesmith.models.layers import (
     PLACEMENTS,
@@ -28,7 +30,7 @@ LEFT_OUT = {
     r"self_attn\.(compressor\.)?indexer\.": "chooses positions: no gradient",
     r"mlp\.shared_expert_gate$": "one output: how much of the shared expert",
     r"(mamba|mixer)\.(out|dt)_proj$": "kernels read the weight itself",
-    r"mixer\.fc[12]_latent_proj$|mlp\.(pre|post)_expert_proj$": "around the experts of nemotron_h, muse_spark",
+    r"mixer\.fc[12]_latent_proj$|mlp\.(pre|post)_expert_proj$": "a projection around the experts",
     r"vision_moe\.": "text never reaches it",
     r"layernorm\.mlp\.|hyper_connection\.|per_layer_(input_gate|projection)$": "no attention and no MLP",
 }
@@ -51,7 +53,7 @@ def test_every_row_is_a_model_type_that_exists_and_differs_from_the_default():
 
 
 def test_the_table_names_every_router_tensor_that_has_one_row_per_expert(model: nn.Module):
-    """By structure: whatever the router or the block itself holds with a dimension of E, or E and one more."""
+    """By structure: whatever the router or the block itself holds with a dimension of E, or E + 1."""
     for layer in moe_layers(model):
         router = own_tensors(submodule(model, layer.router), recurse=True)
         block = own_tensors(submodule(model, layer.name), recurse=False)
@@ -97,12 +99,12 @@ def test_each_name_in_a_row_is_found_in_the_model(model: nn.Module):
 def test_every_linear_of_the_decoder_is_placed_or_left_out_for_a_reason(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ):
-    without_refusals(model, monkeypatch)
+    monkeypatch.setattr("moesmith.models.layers._refuse_unsound", lambda *args: None)
     placed: set[str] = set()
     for placement in PLACEMENTS:
         try:
             modules, parameters = adapter_targets(model, [placement])
-        except ValueError:
+        except UserError:  # the model has none
             continue
         placed |= {*modules, *(name.removesuffix(".weight") for name in parameters)}
     stacks = {re.sub(r"\.\d+(\..*)?$", "", layer.name) for layer in moe_layers(model)}
@@ -115,30 +117,65 @@ def test_every_linear_of_the_decoder_is_placed_or_left_out_for_a_reason(
     assert unplaced == set()
 
 
-def without_refusals(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let adapter_targets answer where it would refuse."""
+READS_WEIGHT = {"granitemoehybrid": "out_proj", "nemotron_h": "out_proj", "jamba": "dt_proj"}
+
+
+def test_no_module_reads_the_weight_of_a_linear_that_gets_an_adapter(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
+    """An adapter changes what a linear returns; who takes `self.out_proj.weight` instead would not see it."""
     monkeypatch.setattr("moesmith.models.layers._refuse_unsound", lambda *args: None)
+    placed = {name for placement in PLACEMENTS for name in modules_of(model, placement)}
+    for model_type, leaf in READS_WEIGHT.items():
+        if moe_layers(model)[0].model_type == model_type:
+            left_out = {
+                n for n, m in model.named_modules() if n.endswith(f".{leaf}") and type(m) is nn.Linear
+            }
+            assert not left_out & placed
+            assert any(reads_weight(model, name) for name in left_out)
+    assert [name for name in placed if reads_weight(model, name)] == []
 
 
-@pytest.mark.parametrize("name", ["deepseek_ocr2", "laguna", "mistral_large4", "unlimited_ocr", "deepseek_v3"])
-def test_peft_loses_the_adapters_that_the_table_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """When PEFT is repaired this fails, and the row can go."""
+def modules_of(model: nn.Module, placement: str) -> list[str]:
+    """Linears of a placement, those that are named by their weight included; none if the model has none."""
+    try:
+        modules, parameters = adapter_targets(model, [placement])
+    except UserError:
+        return []
+    names = [name.removesuffix(".weight") for name in parameters if name.endswith(".weight")]
+    return modules + [name for name in names if type(model.get_submodule(name)) is nn.Linear]
+
+
+def reads_weight(model: nn.Module, name: str) -> bool:
+    """Whether the class that holds the linear uses its weight, other than to ask for its dtype or device."""
+    parent, _, leaf = name.rpartition(".")
+    source = source_of(type(model.get_submodule(parent)))
+    return re.search(rf"self\.{leaf}\.weight\b(?!\.(dtype|device|shape))", source) is not None
+
+
+source_of = cache(inspect.getsource)  # parses the whole file each time
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize(
+    "name", ["deepseek_ocr2", "laguna", "mistral_large4", "unlimited_ocr", "deepseek_v3"]
+)
+def test_peft_loses_the_adapters_that_the_table_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """When PEFT is repaired this fails, and the row can go. test_layers shows that it loses no others."""
     model = tiny.build(name)
-    without_refusals(model, monkeypatch)
+    monkeypatch.setattr("moesmith.models.layers._refuse_unsound", lambda *args: None)
     lost = set()
     for placement in PLACEMENTS:
-        try:
-            modules, parameters = adapter_targets(model, [placement])
-        except ValueError:
-            lost |= {placement} & set(moe_layers(model)[0].family.lost_adapters)  # has none of it
-            continue
-        config = LoraConfig(r=2, init_lora_weights=False, target_modules=modules, target_parameters=parameters)
+        modules, parameters = adapter_targets(model, [placement])
+        config = LoraConfig(
+            r=2, target_modules=modules, target_parameters=parameters, init_lora_weights=False
+        )
         adapted = get_peft_model(tiny.build(name), config)
         adapted.save_pretrained(tmp_path / placement)
-        with pytest.warns() if placement in moe_layers(model)[0].family.lost_adapters else nothing():
-            again = PeftModel.from_pretrained(tiny.build(name), tmp_path / placement)
-        theirs = dict(again.named_parameters())
+        again = dict(PeftModel.from_pretrained(tiny.build(name), tmp_path / placement).named_parameters())
         lora = {key: value for key, value in adapted.named_parameters() if ".lora_" in key}
-        if not all(torch.equal(value, theirs[key]) for key, value in lora.items()):
+        if not all(torch.equal(value, again[key]) for key, value in lora.items()):
             lost.add(placement)
     assert lost == set(moe_layers(model)[0].family.lost_adapters)

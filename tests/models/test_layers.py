@@ -122,7 +122,7 @@ def test_placements_are_disjoint_and_in_the_text_decoder(family: str, model: nn.
 
 
 def test_peft_adapts_exactly_the_targets_and_loads_them_back(family: str, model: nn.Module, tmp_path: Path):
-    """PEFT changes or skips some targets silently, and on loading only warns about tensors it does not find."""
+    """PEFT changes or skips some targets silently, and when loading only warns of tensors it cannot place."""
     found = targets(model, family)
     if not found:
         pytest.skip(f"every placement of {family} is refused")
@@ -135,14 +135,20 @@ def test_peft_adapts_exactly_the_targets_and_loads_them_back(family: str, model:
     generator = torch.Generator().manual_seed(0)
     lora = {name: parameter for name, parameter in adapted.named_parameters() if ".lora_" in name}
     assert len(lora) == 2 * (len(modules) + len(parameters))
-    holders = {name.removeprefix("base_model.model.").replace(".base_layer", "").partition(".lora_")[0] for name in lora}
-    assert holders == {*modules, *(name.rpartition(".")[0] for name in parameters)}
+    clean = [name.removeprefix("base_model.model.").replace(".base_layer", "") for name in lora]
+    assert {name.partition(".lora_")[0] for name in clean} == {
+        *modules,
+        *(name.rpartition(".")[0] for name in parameters),
+    }
     for name, parameter in lora.items():
-        rank = parameter.shape[0 if "lora_A" in name else 1]
-        assert rank in (2, 2 * tiny.NUM_EXPERTS, 2 * 1)
+        assert parameter.shape[0 if "lora_A" in name else 1] in (2, 2 * tiny.NUM_EXPERTS), (
+            "PEFT changed the rank"
+        )
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     adapted(**tiny.inputs(model)).logits.square().mean().backward()
-    assert [name for name, parameter in lora.items() if parameter.grad is None or not parameter.grad.any()] == []
+    assert [
+        name for name, parameter in lora.items() if parameter.grad is None or not parameter.grad.any()
+    ] == []
 
     adapted.save_pretrained(tmp_path)
     again = dict(PeftModel.from_pretrained(tiny.build(family), tmp_path).named_parameters())
@@ -182,7 +188,10 @@ def test_the_same_linear_quantised_is_refused(checkpoint: Callable[[str], Path])
     [
         (["expert"], "unknown adapter placement 'expert'"),
         ([], "no adapter placement"),
-        (["experts", "shared_experts"], "Qwen3MoeForCausalLM has no shared_experts.*\nit has experts, attention"),
+        (
+            ["experts", "shared_experts"],
+            "Qwen3MoeForCausalLM has no shared_experts.*\nit has experts, attention",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_said(placements: list[str], message: str):

@@ -1,7 +1,8 @@
 """Group the neurons of an FFN into equal experts by what they do together.
 
-Neurons that are active on the same tokens land in the same expert, so that a token can leave whole experts out.
-A neuron's weight on a token is |h_f(t)| * ||down_f||, the size of what it writes to the residual stream.
+Neurons that are active on the same tokens land in the same expert, so that a token can leave whole experts
+out. A neuron's weight on a token is |h_f(t)| * ||down_f||, the size of what it writes to the residual
+stream.
 
 Shapes: T tokens, F neurons, E experts, I = F / E neurons per expert.
 """
@@ -16,7 +17,8 @@ from torch import Tensor
 def neuron_profiles(activations: Tensor, down_norm: Tensor) -> Tensor:
     """Unit profile of every neuron over the tokens: (T, F), (F,) -> (F, T) fp32.
 
-    Each token is scaled to sum 1 first: otherwise the few tokens with massive activations are the whole profile.
+    Each token is scaled to sum 1 first: otherwise the few tokens with massive activations are the whole
+    profile.
     """
     size = activations.float().abs() * down_norm.float()
     size = size / size.sum(dim=1, keepdim=True).clamp_min(1e-20)
@@ -24,14 +26,16 @@ def neuron_profiles(activations: Tensor, down_norm: Tensor) -> Tensor:
 
 
 def cluster_neurons(profiles: Tensor, num_experts: int, seed: int = 0, iterations: int = 12) -> Tensor:
-    """Balanced spherical k-means: (F, T) -> members (E, I), each neuron index exactly once, sorted in each row.
+    """Balanced spherical k-means: (F, T) -> members (E, I), each neuron index exactly once, sorted in each
+    row.
 
     Raises ValueError if `num_experts` does not divide F.
     """
     neurons = profiles.shape[0]
     if neurons % num_experts:
         raise ValueError(f"{neurons} neurons cannot be split into {num_experts} equal experts")
-    # Centred, so that "on for every token" is not a likeness: what is left is when a neuron is busier than usual.
+    # Centred, so that "on for every token" is not a likeness: what is left is when a neuron is busier than
+    # usual.
     points = F.normalize(profiles - profiles.mean(dim=0), dim=1)
     generator = torch.Generator().manual_seed(seed)
     centres = points[_spread_start(points, num_experts, generator)]
@@ -45,22 +49,23 @@ def cluster_neurons(profiles: Tensor, num_experts: int, seed: int = 0, iteration
 def balanced_assignment(score: Tensor) -> Tensor:
     """Give every row one column, all columns equally often: (F, E) -> (F,) column of each row.
 
-    Stable matching: rows propose to their best column, a full column keeps its best rows. Rounds are vectorised.
+    Stable matching: rows propose to their best column, a full column keeps its best rows. One round is
+    vectorised.
     """
     rows, columns = score.shape
     room = rows // columns
-    open_to = score.clone()
-    owner = torch.full((rows,), -1)
-    while bool((owner < 0).any()):
-        free = owner < 0
-        owner[free] = open_to[free].argmax(dim=1)
-        for column in range(columns):
-            held = (owner == column).nonzero().squeeze(1)
-            if len(held) > room:
-                rejected = held[score[held, column].argsort(descending=True)[room:]]
-                owner[rejected] = -1
-                open_to[rejected, column] = -torch.inf
-    return owner
+    allowed = score.clone()
+    while True:
+        held, owner = allowed.max(dim=1)
+        # Order by column, best first inside it; a row's place in its column decides whether it stays.
+        order = held.argsort(descending=True)
+        order = order[owner[order].argsort(stable=True)]
+        counts = torch.bincount(owner, minlength=columns)
+        place = torch.arange(rows) - (counts.cumsum(0) - counts)[owner[order]]
+        rejected = order[place >= room]
+        if not len(rejected):
+            return owner
+        allowed[rejected, owner[rejected]] = -torch.inf
 
 
 def _spread_start(points: Tensor, num_experts: int, generator: torch.Generator) -> Tensor:

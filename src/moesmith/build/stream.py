@@ -1,8 +1,8 @@
 """Run a dense decoder one layer at a time over calibration tokens.
 
-Yields every layer together with what its FFN reads, so that a procedure can look at (or replace) one layer while only
-that layer's activations are in memory. Cost: one forward pass over the tokens without the head, plus one chunk.
-Peak: the hidden states of all calibration tokens, twice.
+Yields every layer together with what its FFN reads, so that a procedure can look at (or replace) one layer
+while only that layer's activations are in memory. Cost: one forward pass over the tokens without the head,
+plus one chunk. Peak: the hidden states of all calibration tokens, twice.
 
 Shapes: N chunks, B rows, S positions, T = N*B*S tokens, H hidden size.
 """
@@ -36,7 +36,8 @@ class _ReachedFirstLayer(Exception):
 
 
 def decoder_layers(model: nn.Module, ffn: str = "mlp") -> tuple[str, nn.ModuleList]:
-    """The stack of decoder layers and its module path: the one `ModuleList` whose members all own an FFN named `ffn`.
+    """The stack of decoder layers and its module path: the one `ModuleList` whose members all own an FFN
+    named `ffn`.
 
     Raises UserError if the model has none or several.
     """
@@ -47,7 +48,7 @@ def decoder_layers(model: nn.Module, ffn: str = "mlp") -> tuple[str, nn.ModuleLi
     ]
     if len(found) != 1:
         raise UserError(
-            f"{type(model).__name__}: found {len(found)} stacks of decoder layers with an FFN named `{ffn}`, wanted 1",
+            f"{type(model).__name__} has {len(found)} stacks of layers with an FFN named `{ffn}`, wanted 1",
             "only plain decoder-only models can be taken apart layer by layer",
         )
     return found[0]
@@ -57,8 +58,9 @@ def decoder_layers(model: nn.Module, ffn: str = "mlp") -> tuple[str, nn.ModuleLi
 def stream_layers(model: nn.Module, chunks: list[Tensor], ffn: str = "mlp") -> Iterator[StreamedLayer]:
     """Yield each decoder layer with its FFN input over `chunks`.
 
-    `chunks`: token ids, each (B, S), all of one shape and without padding (so masks and positions are shared).
-    A layer changed between two steps of the iteration is not run again: later layers see the dense outputs.
+    `chunks`: token ids, each (B, S), all of one shape and without padding (so masks and positions are
+    shared). A layer changed between two steps of the iteration is not run again: later layers see the
+    dense outputs.
     """
     shapes = {tuple(chunk.shape) for chunk in chunks}
     if len(shapes) != 1:
@@ -70,7 +72,9 @@ def stream_layers(model: nn.Module, chunks: list[Tensor], ffn: str = "mlp") -> I
     for index, layer in enumerate(layers):
         args, kwargs = arguments[index]
         inputs: list[Tensor] = []
-        hook = getattr(layer, ffn).register_forward_pre_hook(lambda _m, a, into=inputs: into.append(a[0].detach()))
+        hook = getattr(layer, ffn).register_forward_pre_hook(
+            lambda _m, a, into=inputs: into.append(a[0].detach())
+        )
         try:
             for i, states in enumerate(hidden):
                 output = layer(states, *args, **kwargs)
@@ -80,11 +84,17 @@ def stream_layers(model: nn.Module, chunks: list[Tensor], ffn: str = "mlp") -> I
         yield StreamedLayer(index, f"{path}.{index}", layer, torch.cat([x.flatten(0, -2) for x in inputs]))
 
 
-def _layer_arguments(model: nn.Module, layers: nn.ModuleList, chunk: Tensor) -> list[tuple[tuple, dict[str, Any]]]:
-    """What the model passes to each layer besides the hidden states (mask, positions), seen in one real forward."""
+def _layer_arguments(
+    model: nn.Module, layers: nn.ModuleList, chunk: Tensor
+) -> list[tuple[tuple, dict[str, Any]]]:
+    """What the model passes to each layer besides the hidden states (mask, positions), seen in one real
+    forward.
+    """
     seen: list[tuple[tuple, dict[str, Any]]] = []
     hooks = [
-        layer.register_forward_pre_hook(lambda _m, args, kwargs: seen.append((args[1:], kwargs)), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _m, args, kwargs: seen.append((args[1:], kwargs)), with_kwargs=True
+        )
         for layer in layers
     ]
     try:

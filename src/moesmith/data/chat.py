@@ -337,8 +337,8 @@ def _turn_span(tokenizer: PreTrainedTokenizerBase, talk: Conversation, i: int, t
         raise UnmarkableTurn(f"message {i + 1} does not continue its generation prompt: {_difference(prompt, turn)}")
     if not text.startswith(turn):
         # Some templates close a whole conversation with one more token: what comes before it is the turn.
-        shared = os.path.commonprefix([turn, text]).rstrip()
-        if len(shared) <= len(prompt) or not _ends_with_token(tokenizer, shared):
+        shared = _upto_last_token(tokenizer, os.path.commonprefix([turn, text]))
+        if len(shared) <= len(prompt) or _without_tokens(tokenizer, turn[len(shared) :]):
             raise UnmarkableTurn(
                 f"message {i + 1} is rendered differently once later ones follow: {_difference(turn, text)}"
             )
@@ -373,6 +373,18 @@ def _missing_end(tokenizer: PreTrainedTokenizerBase, talk: Conversation, text: s
     if not longer.startswith(text):
         return ""
     return next((token for token in special_tokens(tokenizer) if longer.startswith(token, len(text))), "")
+
+
+def _upto_last_token(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text up to the end of the last special token in it."""
+    return text[: max((at + len(t) for t in special_tokens(tokenizer) if (at := text.rfind(t)) >= 0), default=0)]
+
+
+def _without_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What is left of a text without special tokens and white space."""
+    for token in special_tokens(tokenizer):
+        text = text.replace(token, "")
+    return text.strip()
 
 
 def _ends_with_token(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -7,18 +7,23 @@ from row to row, so a model is probed before its rows are packed.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moesmith.errors import UserError
 
 from .masks import IGNORED, Example
 
-# Rounding moves logits a little; a leak moves them as far as an unmasked sequence does.
-TOLERATED_SHARE_OF_LEAK = 0.1
+# Share of what two rows do to each other when nothing separates them. Measured on 57 tiny families in bf16: models that
+# keep rows apart come to 0.0000 and at most 0.0013, the others to 0.08 and 0.023 or more.
+TOLERATED_CONTENT = 0.01
+TOLERATED_PLACE = 0.02
+
+PROBED = 256  # tokens of the row that is compared; the row before it is as long as packing allows
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
@@ -27,18 +32,16 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
     Deterministic; the order of the rows decides between equals.
     """
     bins: list[list[Example]] = []
-    by_room: dict[int, list[int]] = {}  # free tokens -> bins with that many, oldest first
+    rooms: list[tuple[int, int]] = []  # (free tokens, bin), sorted
     for example in sorted(examples, key=len, reverse=True):
-        size = len(example)
-        room = next((r for r in range(size, max_length + 1) if by_room.get(r)), None)
-        if room is None:
+        at = bisect.bisect_left(rooms, (len(example), -1))
+        if at == len(rooms):
             bins.append([])
-            index, room = len(bins) - 1, max_length
+            room, index = max_length, len(bins) - 1
         else:
-            index = by_room[room].pop(0)
+            room, index = rooms.pop(at)
         bins[index].append(example)
-        if room > size:
-            by_room.setdefault(room - size, []).append(index)
+        bisect.insort(rooms, (room - len(example), index))
     return bins
 
 
@@ -52,49 +55,52 @@ def concatenate(examples: Sequence[Example]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def check_isolation(model: nn.Module, examples: Sequence[Example], length: int = 48) -> float:
-    """Compare a row's logits alone with its logits behind another row.
+def check_isolation(model: Any, examples: Sequence[Example], max_length: int) -> None:
+    """Prove that a packed row is computed as if it were alone.
+
+    The hidden states of a row B are compared in three sequences of the same length, so that rounding is the same too:
+    behind a row A, behind other content in A's place, and in front of A.
 
     Args:
-        model: in the state it will be trained in; put in evaluation mode for the check and back.
-        examples: two of them are used, cut to `length` tokens.
-
-    Returns:
-        The deviation as a share of what the same two rows deviate when nothing separates them.
+        model: a causal language model of transformers, without adapters.
+        examples: rows to take A and B from.
+        max_length: tokens in a packed sequence.
 
     Raises:
-        UserError: the second row sees the first one.
+        UserError: B's hidden states follow what is in A, or whether B comes first.
     """
-    first, second = _two_rows(examples, length)
-    device = next(p.device for p in model.parameters())
-    training = model.training
+    device = next(model.parameters()).device
+    backbone, training = model.base_model, model.training
+    ordered = sorted(examples, key=len)
+    b = _tokens(ordered[len(ordered) // 2], PROBED)
+    a = torch.cat([_tokens(e, max_length) for e in ordered[::-1][:64]])[: max(max_length - len(b), len(b))]
+    other = a.flip(0).roll(1)
+
+    def hidden(rows: tuple[Tensor, Tensor], separate: bool = True) -> tuple[Tensor, Tensor]:
+        ids = torch.cat(rows)
+        positions = torch.cat([torch.arange(len(row)) for row in rows]) if separate else torch.arange(len(ids))
+        states = backbone(input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False)
+        first, second = states.last_hidden_state[0].float().split([len(rows[0]), len(rows[1])])
+        return first, second
+
     model.eval()
     try:
-        alone = _logits(model, second, torch.arange(len(second)), device)
-        both = torch.cat([first, second])
-        positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])
-        packed = _logits(model, both, positions, device)[len(first) :]
-        mixed = _logits(model, both, torch.arange(len(both)), device)[len(first) :]
+        behind, behind_other, before = hidden((a, b))[1], hidden((other, b))[1], hidden((b, a))[0]
+        mixed = hidden((a, b), separate=False)[1]
     finally:
         model.train(training)
-    leak = (mixed - alone).abs().mean().item()
-    deviation = (packed - alone).abs().mean().item()
-    if deviation > TOLERATED_SHARE_OF_LEAK * leak and deviation > 1e-5 * alone.abs().mean().item():
+    leak = float((mixed - before).abs().mean())
+    content = float((behind - behind_other).abs().mean())
+    place = float((behind - before).abs().mean())
+    if content > TOLERATED_CONTENT * leak or place > TOLERATED_PLACE * leak:
+        why = "its content" if content > TOLERATED_CONTENT * leak else "that it is there"
+        share = max(content, place) / leak if leak else float("inf")
         raise UserError(
-            "packed rows would see each other in this model: the logits of a row behind another one move by "
-            f"{deviation:.3g}, by {leak:.3g} without any separation",
-            "set data.packing=false (layers that carry a state along the sequence cannot be packed)",
+            f"{type(model).__name__} cannot be trained on packed rows: a row changes with {why} in front of it "
+            f"({share:.0%} of the change without any separation)",
+            "set data.packing=false (its attention does not see where rows begin, or a layer carries a state along)",
         )
-    return deviation / leak if leak else 0.0
 
 
-def _two_rows(examples: Sequence[Example], length: int) -> tuple[Tensor, Tensor]:
-    chosen = sorted(examples, key=len, reverse=True)[:2]
-    first, second = chosen[0], chosen[-1]
-    rows = [torch.as_tensor(e.input_ids[:length], dtype=torch.long) for e in (first, second)]
-    return rows[0], rows[1].flip(0) if torch.equal(rows[0], rows[1]) else rows[1]
-
-
-def _logits(model: nn.Module, ids: Tensor, positions: Tensor, device: torch.device) -> Tensor:
-    inputs: dict[str, Any] = {"input_ids": ids[None].to(device), "position_ids": positions[None].to(device)}
-    return model(**inputs, use_cache=False).logits[0].float().cpu()
+def _tokens(example: Example, most: int) -> Tensor:
+    return torch.as_tensor(example.input_ids[:most], dtype=torch.long)

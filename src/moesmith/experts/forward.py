@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.integrations.moe import grouped_mm_experts_forward
 
 from ..ops.grouped import Lora, grouped_linear
-from ..ops.routing import Routing, sort_by_expert, unsort
+from ..ops.routing import Routing, sort_by_expert
+from ..ops.rows import combine_rows, gather_rows
 from .storage import scheme_of, stack
 
 EXPERTS_FUNCTION = "moesmith"
@@ -33,14 +34,13 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     routing = sort_by_expert(top_k_index, module.num_experts)
     expert_index = top_k_index.reshape(-1)[routing.perm] if module.has_bias else None
-    h_RH = hidden_states[routing.token_index]
+    h_RH = gather_rows(hidden_states, routing)
     h_RF = _project(module, "gate_up_proj" if module.has_gate else "up_proj", h_RH, routing, expert_index)
     h_RF = module._apply_gate(h_RF) if module.has_gate else module.act_fn(h_RF)
     h_RH = _project(module, "down_proj", h_RF, routing, expert_index)
     if module.has_post_expert_norm:
         h_RH = module.post_expert_norm(h_RH)
-    h_RH = h_RH * top_k_weights.reshape(-1)[routing.perm].unsqueeze(-1)
-    return unsort(h_RH, routing).sum(dim=1).to(hidden_states.dtype)
+    return combine_rows(h_RH, top_k_weights, routing).to(hidden_states.dtype)
 
 
 def _project(module: Any, name: str, x: Tensor, routing: Routing, expert_index: Tensor | None) -> Tensor:

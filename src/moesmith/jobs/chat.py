@@ -104,12 +104,14 @@ def load(source: str, cfg: Config, base: dict[str, Any] | None) -> tuple[Path, A
     import torch
     from transformers import AutoTokenizer
 
-    from moesmith.models.checkpoint import Checkpoint, check_architecture, model_class, resolve
+    from moesmith.models.checkpoint import Checkpoint, check_architecture, has_tokenizer, model_class, resolve
 
     folder = resolve(source)
     checkpoint = Checkpoint.open(folder)
     check_architecture(checkpoint.config)
-    if not checkpoint.has_tokenizer:
+    # an adapter brings the tokenizer and the chat template it was trained with
+    words = cfg.adapter if cfg.adapter is not None and has_tokenizer(cfg.adapter) else folder
+    if not has_tokenizer(words):
         raise UserError(
             f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model there"
         )
@@ -124,7 +126,7 @@ def load(source: str, cfg: Config, base: dict[str, Any] | None) -> tuple[Path, A
         dtype=cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype),
         device_map={"": 0} if on_gpu else None,
     )
-    return folder, model, AutoTokenizer.from_pretrained(folder)
+    return folder, model, AutoTokenizer.from_pretrained(words)
 
 
 def packing(checkpoint: Any, cfg: Config, base: dict[str, Any] | None) -> Any:
@@ -154,6 +156,8 @@ def packing(checkpoint: Any, cfg: Config, base: dict[str, Any] | None) -> Any:
 
 def put_adapter(model: nn.Module, adapter: Path, base: dict[str, Any] | None, source: str) -> nn.Module:
     """The model with the adapter on it. Raises UserError if the adapter was trained on another base."""
+    import warnings
+
     from peft import PeftModel
 
     from moesmith.models.checkpoint import fingerprint
@@ -167,7 +171,14 @@ def put_adapter(model: nn.Module, adapter: Path, base: dict[str, Any] | None, so
             f"{adapter} was trained on another base than {source}",
             f"its base: {base['path']}" + (f" ({how})" if how else "") + "; leave MODEL out to use that",
         )
-    return PeftModel.from_pretrained(model, adapter)
+    with warnings.catch_warnings():
+        # PEFT only warns, and answers as if there were no adapter
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, adapter)
+        except (UserWarning, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{adapter} does not fit {source}: {reason}") from None
 
 
 def settings(cfg: Config, model: Any) -> dict[str, Any]:

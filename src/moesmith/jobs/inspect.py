@@ -87,7 +87,7 @@ def check_disk(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
 # ---------------------------------------------------------------- the words
 
 WIDTH = 17  # of the labels
-REST = ("routers", "embeddings", "head", "gates", "kept linears", "norms", "other tensors")
+REST = ("routers", "embeddings", "head", "gates", "tied and last linears", "norms", "other tensors")
 
 
 def show(facts: dict[str, Any], anatomy: Anatomy) -> None:

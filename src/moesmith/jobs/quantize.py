@@ -102,10 +102,7 @@ def run(cfg: Config) -> None:
     say_counts(counts, checkpoint.nbytes)
 
     temporary = start_folder(cfg.out)
-    model.eval().save_pretrained(temporary)
-    for file in side_files(source):
-        if not (temporary / file.name).exists():
-            shutil.copyfile(file, temporary / file.name)
+    save(model.eval(), temporary, side_files(source))
     saved_at = time.perf_counter()
     reloaded = load(temporary, device_map=device_map)
     proof = prove(model, reloaded, source)
@@ -237,6 +234,19 @@ def start_folder(out: Path) -> Path:
     temporary.mkdir(parents=True)
     (temporary / INCOMPLETE).touch()
     return temporary
+
+
+def save(model: Any, folder: Path, beside: list[Path]) -> None:
+    """Write the packed model and the files that belong beside it. Raises UserError if the disk refuses."""
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise UserError(f"writing {folder} failed: {error}", "the unfinished folder can be deleted") from None
+    for file in beside:
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
 
 
 def finish_folder(temporary: Path, out: Path) -> None:

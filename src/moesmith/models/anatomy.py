@@ -7,16 +7,19 @@ placeholders that the quantizer puts there.
 from __future__ import annotations
 
 import contextlib
+import json
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
@@ -41,15 +44,18 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        known = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        # Only a file goes through all of transformers' own reading (infinities, keys that are numbers).
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(config))
+            known = transformers.AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             return model_class(config)._from_config(known, dtype=torch.bfloat16)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         raise UserError(
             f"transformers {transformers.__version__} cannot build this {config['model_type']} config: "
-            + str(error).split("\n")[0][:200],
+            + " ".join(str(error).split())[:200],
             "config.json may come from another version; compare its transformers_version",
         ) from error
     finally:
@@ -59,6 +65,7 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
 @dataclass
 class Anatomy:
     """What a model is made of. Counts are parameters, each once however often it is tied."""
+
     model_type: str
     layers: int
     moe_layers: int = 0
@@ -180,7 +187,7 @@ def dissect(model: nn.Module, blocksize: int = 64) -> Anatomy:
             if name in gates:
                 _add(anatomy, "gates", [module.weight], taken)
             elif any(name == prefix or name.startswith(prefix + ".") for prefix in kept):
-                _add(anatomy, "kept linears", [module.weight], taken)
+                _add(anatomy, "tied and last linears", [module.weight], taken)
             else:
                 taken.add(id(module.weight))
                 anatomy.linears += module.weight.numel()
@@ -229,7 +236,7 @@ def _add_experts(
             anatomy.expert_bytes[title] = anatomy.expert_bytes.get(title, 0) + stored
 
 
-def _linear_bytes(weight: nn.Parameter, scheme: str | None, double_quant: bool) -> int:
+def _linear_bytes(weight: torch.Tensor, scheme: str | None, double_quant: bool) -> int:
     """Bytes bitsandbytes stores for an nn.Linear: nf4 in blocks of 64, int8 with a scale per row."""
     n = weight.numel()
     if scheme is None:

@@ -30,7 +30,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One stored tensor. `start` and `end` are byte offsets in `file`; read from the hub, in its data part."""
+    """One stored tensor. `start` and `end` are byte offsets in `file`; in its data, if read from the hub."""
 
     name: str
     dtype: str

@@ -148,7 +148,7 @@ class Session:
         self.data = {"fingerprint": digest, "train": len(train), "held_out": len(held_out), **(data_facts or {})}
         self.base = base or base_record(_plain(model), _plain(model).name_or_path)
         if pack_to is not None:
-            check_isolation(model, train)
+            check_isolation(_plain(model), train, pack_to)
         fresh = not isinstance(model, PeftModel)
         with _quiet_libraries():
             self.model: PeftModel = attach(model, cfg.lora, cfg.seed) if fresh else model

@@ -35,7 +35,7 @@ class _Stack(ctypes.Structure):
 
     _fields_ = [
         ("codes", c_void_p), ("absmax", c_void_p), ("scale", c_void_p), ("offset", c_void_p),
-        ("codebook", c_void_p), ("absmax_codebook", c_void_p),
+        ("codebook", c_void_p), ("planes", c_void_p), ("absmax_codebook", c_void_p),
         ("experts", c_int64), ("rows", c_int64), ("columns", c_int64), ("scales", c_int64), ("row_blocks", c_int64),
         ("block_shift", c_int32), ("kind", c_int32),
     ]  # fmt: skip
@@ -54,7 +54,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     p, i64, i32 = c_void_p, c_int64, c_int
     library.moesmith_features.restype = c_int
     library.moesmith_quantize_4bit.argtypes = [p, p, p, i64, i64, i32, p, p, i32]
-    library.moesmith_quantize_8bit.argtypes = [p, p, p, i64, i64, i32, p, i32]
+    library.moesmith_quantize_8bit.argtypes = [p, p, p, i64, i64, i32, p, p, i32]
     library.moesmith_dequantize.argtypes = [p, p, p, i64, i64, i32, i32, p, i32]
     features = library.moesmith_features()
     if features & 2:
@@ -104,14 +104,21 @@ def quantize(matrix: Tensor, scheme: str, blocksize: int, codes: Tensor, absmax:
         midpoints, order = _tree(scheme)
         _library().moesmith_quantize_4bit(*common, midpoints.data_ptr(), order.data_ptr(), torch.get_num_threads())
     else:
-        table = table_8bit(scheme)
-        _library().moesmith_quantize_8bit(*common, table.data_ptr(), torch.get_num_threads())
+        table, first = table_8bit(scheme), _thresholds(scheme)
+        _library().moesmith_quantize_8bit(*common, table.data_ptr(), first.data_ptr(), torch.get_num_threads())
 
 
 @functools.cache
 def _tree(scheme: str) -> tuple[Tensor, Tensor]:
     midpoints, order = bounds_4bit(scheme)
     return midpoints.contiguous(), order.to(torch.int32)
+
+
+@functools.cache
+def _thresholds(scheme: str) -> Tensor:
+    """First step of each code in table_8bit, (256,), as 16-bit words."""
+    table = table_8bit(scheme).int()
+    return torch.searchsorted(table, torch.arange(256, dtype=torch.int32)).to(torch.int32).to(torch.uint16)
 
 
 def can_dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> bool:
@@ -198,11 +205,19 @@ def _describe(stack: PackedStack) -> _Stack:
     described.block_shift = (columns // stack.absmax.shape[2]).bit_length() - 1
     described.absmax = stack.absmax.data_ptr()
     described.codebook = codebook(stack.scheme).data_ptr()
+    if described.kind == 1:
+        described.planes = _planes(stack.scheme).data_ptr()
     if stack.scale is not None and stack.offset is not None:
         described.scale, described.offset = stack.scale.data_ptr(), stack.offset.data_ptr()
         described.scales = stack.scale.shape[1]
         described.absmax_codebook = codebook("int8").data_ptr()
     return described
+
+
+@functools.cache
+def _planes(scheme: str) -> Tensor:
+    """The bytes of the codebook's fp32 values, least significant first, uint8 (4, 256)."""
+    return codebook(scheme).view(torch.uint8).view(256, 4).t().contiguous()
 
 
 def gram(p: Tensor, q: Tensor, offsets: list[int], dtype: torch.dtype) -> Tensor:

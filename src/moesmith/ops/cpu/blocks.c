@@ -76,21 +76,62 @@ INLINE void quantize_4bit_blocks(const void *w, uint8_t *codes, float *absmax, i
     }
 }
 
+typedef struct { __m512i level[6], level7[2], level8[4]; } Search;
+
+// The code is the number of thresholds at or below the step: eight levels of a binary search, 32 words at a time.
+INLINE Search make_search(const uint16_t *threshold) {
+    Search t;
+    uint16_t entry[128];
+    for (int s = 0; s < 8; s++) {
+        for (int i = 0; i < 128; i++) entry[i] = threshold[((i & ((1 << s) - 1)) << (8 - s)) + (128 >> s)];
+        if (s < 6) t.level[s] = _mm512_loadu_si512(entry);
+        else if (s == 6) for (int i = 0; i < 2; i++) t.level7[i] = _mm512_loadu_si512(entry + 32 * i);
+        else for (int i = 0; i < 4; i++) t.level8[i] = _mm512_loadu_si512(entry + 32 * i);
+    }
+    return t;
+}
+
+INLINE __m512i search(__m512i step, const Search *t) {
+    const __m512i one = _mm512_set1_epi16(1);
+    __mmask32 upper = _mm512_cmpge_epu16_mask(step, t->level[0]);  // which half of the codes
+    __m512i code = _mm512_maskz_mov_epi16(upper, one);
+#pragma GCC unroll 7
+    for (int s = 1; s < 8; s++) {
+        __m512i bound;
+        if (s < 6) bound = _mm512_permutexvar_epi16(code, t->level[s]);
+        else if (s == 6) bound = _mm512_permutex2var_epi16(t->level7[0], code, t->level7[1]);
+        else bound = _mm512_mask_blend_epi16(upper, _mm512_permutex2var_epi16(t->level8[0], code, t->level8[1]),
+                                             _mm512_permutex2var_epi16(t->level8[2], code, t->level8[3]));
+        code = _mm512_mask_add_epi16(_mm512_add_epi16(code, code), _mm512_cmpge_epu16_mask(step, bound),
+                                     _mm512_add_epi16(code, code), one);
+    }
+    return code;
+}
+
+INLINE __m512i step16(const void *w, int64_t i, int type, __m512 inverse) {
+    const __m512 one = _mm512_set1_ps(1), half = _mm512_set1_ps(0.5f);
+    __m512 v = _mm512_mul_ps(load16(w, i, type), inverse);
+    v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-1)), one);  // a NaN (0 * inf) becomes -1
+    return _mm512_cvttps_epi32(_mm512_fmadd_ps(_mm512_mul_ps(_mm512_add_ps(v, one), half), _mm512_set1_ps(65535), half));
+}
+
 INLINE void quantize_8bit_blocks(const void *w, uint8_t *codes, float *absmax, int64_t first, int64_t last,
-                                 int64_t blocksize, int type, const uint8_t *table) {
-    const __m512 one = _mm512_set1_ps(1), half = _mm512_set1_ps(0.5f), steps = _mm512_set1_ps(65535);
+                                 int64_t blocksize, int type, const uint8_t *table, const uint16_t *threshold) {
+    (void)table;
+    Search tree = make_search(threshold);
+    int16_t low_words[32];
+    for (int i = 0; i < 32; i++) low_words[i] = 2 * i;
+    const __m512i join = _mm512_loadu_si512(low_words);
     for (int64_t block = first; block < last; block++) {
-        int64_t start = block * blocksize;
+        int64_t start = block * blocksize, end = start + blocksize;
         float largest = absmax[block] = block_absmax(w, start, blocksize, type);
         if (largest == 0) { memset(codes + start, 0, blocksize); continue; }
         __m512 inverse = _mm512_set1_ps(1.0f / largest);
-        for (int64_t i = start; i < start + blocksize; i += 16) {
-            uint16_t step[16];
-            __m512 v = _mm512_mul_ps(load16(w, i, type), inverse);
-            v = _mm512_min_ps(_mm512_max_ps(v, _mm512_set1_ps(-1)), one);  // a NaN (0 * inf) becomes -1
-            v = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_add_ps(v, one), half), steps, half);
-            _mm256_storeu_si256((__m256i *)step, _mm512_cvtepi32_epi16(_mm512_cvttps_epi32(v)));
-            for (int j = 0; j < 16; j++) codes[i + j] = table[step[j]];
+        for (int64_t i = start; i < end; i += 32) {
+            __m512i a = step16(w, i, type, inverse), b = i + 16 < end ? step16(w, i + 16, type, inverse) : a;
+            __m256i code = _mm512_cvtepi16_epi8(search(_mm512_permutex2var_epi16(a, join, b), &tree));
+            if (i + 16 < end) _mm256_storeu_si256((__m256i *)(codes + i), code);
+            else _mm_storeu_si128((__m128i *)(codes + i), _mm256_castsi256_si128(code));
         }
     }
 }
@@ -188,7 +229,8 @@ INLINE void quantize_4bit_blocks(const void *w, uint8_t *codes, float *absmax, i
 }
 
 INLINE void quantize_8bit_blocks(const void *w, uint8_t *codes, float *absmax, int64_t first, int64_t last,
-                                 int64_t blocksize, int type, const uint8_t *table) {
+                                 int64_t blocksize, int type, const uint8_t *table, const uint16_t *threshold) {
+    (void)threshold;
     for (int64_t block = first; block < last; block++) {
         int64_t start = block * blocksize;
         float largest = absmax[block] = block_absmax(w, start, blocksize, type);
@@ -231,10 +273,11 @@ EXPORT void moesmith_quantize_4bit(const void *w, uint8_t *codes, float *absmax,
     }
 }
 
+// `table`: the code of each of 65,536 steps; `threshold`: the first step of each of the 256 codes.
 EXPORT void moesmith_quantize_8bit(const void *w, uint8_t *codes, float *absmax, int64_t blocks, int64_t blocksize,
-                                   int type, const uint8_t *table, int threads) {
+                                   int type, const uint8_t *table, const uint16_t *threshold, int threads) {
     FOR_RUNS(blocks) {
-#define CASE(t) quantize_8bit_blocks(w, codes, absmax, FIRST, LAST(blocks), blocksize, t, table)
+#define CASE(t) quantize_8bit_blocks(w, codes, absmax, FIRST, LAST(blocks), blocksize, t, table, threshold)
         if (type == FP32) CASE(FP32); else if (type == BF16) CASE(BF16); else CASE(FP16);
 #undef CASE
     }

@@ -72,6 +72,38 @@ INLINE Group load_raw(const uint16_t *row, int64_t k, int64_t columns, int kind)
     return split_chunks(a, b);
 }
 
+#ifdef __AVX512VBMI__
+// Eight bits: the four bytes of each fp32 value come from four 256-entry byte tables; a gather would be three times slower.
+INLINE Group lookup_8bit(const uint8_t *codes, const uint8_t *planes, __m512 scale) {
+    __m512i index = _mm512_loadu_si512(codes), byte[4];
+    __mmask64 upper = _mm512_movepi8_mask(index);
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; b++) {
+        const uint8_t *t = planes + 256 * b;
+        __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(t), index, _mm512_loadu_si512(t + 64));
+        __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(t + 128), index, _mm512_loadu_si512(t + 192));
+        byte[b] = _mm512_mask_blend_epi8(upper, low, high);
+    }
+    __m512i a = _mm512_unpacklo_epi8(byte[0], byte[1]), b = _mm512_unpacklo_epi8(byte[2], byte[3]);
+    __m512i c = _mm512_unpackhi_epi8(byte[0], byte[1]), d = _mm512_unpackhi_epi8(byte[2], byte[3]);
+    // lane L of the first holds columns 16 L + 0..3, of the second 16 L + 4..7, and so on
+    __m512 f0 = _mm512_castsi512_ps(_mm512_unpacklo_epi16(a, b)), f1 = _mm512_castsi512_ps(_mm512_unpackhi_epi16(a, b));
+    __m512 f2 = _mm512_castsi512_ps(_mm512_unpacklo_epi16(c, d)), f3 = _mm512_castsi512_ps(_mm512_unpackhi_epi16(c, d));
+    const __m512i zip = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    __m512i lo = pack_bf16(_mm512_mul_ps(f0, scale), _mm512_mul_ps(f1, scale));
+    __m512i hi = pack_bf16(_mm512_mul_ps(f2, scale), _mm512_mul_ps(f3, scale));
+    return (Group){_mm512_permutexvar_epi64(zip, lo), _mm512_permutexvar_epi64(zip, hi)};
+}
+
+// One scale per 16 columns, in the lanes where lookup_8bit has them.
+INLINE __m512 group_scale(const Stack *s, Row row, int64_t k) {
+    if (s->block_shift >= 6) return _mm512_set1_ps(row.absmax[k >> s->block_shift]);
+    int h = s->block_shift;
+    float a = row.absmax[k >> h], b = row.absmax[(k + 16) >> h], c = row.absmax[(k + 32) >> h], d = row.absmax[(k + 48) >> h];
+    return _mm512_setr_ps(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
+}
+#endif
+
 // `fast`: four bits and blocks of 64 columns or more.
 INLINE Group unpack_group(const Stack *s, Row row, int64_t k, int kind, int fast, __m512 codebook) {
     if (fast) {
@@ -80,6 +112,9 @@ INLINE Group unpack_group(const Stack *s, Row row, int64_t k, int kind, int fast
         return (Group){_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd)};
     }
     if (kind == RAW_BF16 || kind == RAW_FP16) return load_raw((const uint16_t *)row.codes, k, s->columns, kind);
+#ifdef __AVX512VBMI__
+    if (kind == EIGHT_BIT && k + 64 <= s->columns) return lookup_8bit(row.codes + k, s->planes, group_scale(s, row, k));
+#endif
     __m512 f[4];
     for (int q = 0; q < 4; q++)
         f[q] = k + 16 * q < s->columns ? unpack16(s, row, k + 16 * q, kind, codebook) : _mm512_setzero_ps();
@@ -99,8 +134,10 @@ INLINE void transpose_lanes(__m512i *a) {
 // Panel of 16 matrix rows: for each chunk four vectors; vector g holds the chunk of rows g, g+4, g+8, g+12.
 INLINE void pack_columns(const Stack *s, int64_t e, int64_t n0, __m512i *panel, float *buffer, int kind, int fast) {
     __m512 codebook = kind == FOUR_BIT ? _mm512_loadu_ps(s->codebook) : _mm512_setzero_ps();
-    int64_t chunks = (s->columns + 63) / 64 * 8;
+    int64_t chunks = (s->columns + 63) / 64 * 8, bits = kind == FOUR_BIT ? 4 : kind == EIGHT_BIT ? 8 : 16;
     for (int g = 0; g < 4; g++) {
+        // the rows of the next pass; hardware does not look past the end of a row
+        int64_t ahead = (g < 3 ? 1 : 13) * (s->columns * bits / 8);
         Row row[4];
         int valid[4];
         for (int lane = 0; lane < 4; lane++) {
@@ -113,7 +150,10 @@ INLINE void pack_columns(const Stack *s, int64_t e, int64_t n0, __m512i *panel, 
 #pragma GCC unroll 4
             for (int lane = 0; lane < 4; lane++) {
                 Group w = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-                if (valid[lane]) w = unpack_group(s, row[lane], c * 8, kind, fast, codebook);
+                if (valid[lane]) {
+                    w = unpack_group(s, row[lane], c * 8, kind, fast, codebook);
+                    for (int line = 0; line < bits * 8; line += 64) __builtin_prefetch(row[lane].codes + c * bits + line + ahead, 0, 2);
+                }
                 lo[lane] = w.lo, hi[lane] = w.hi;
             }
             transpose_lanes(lo), transpose_lanes(hi);
@@ -416,7 +456,7 @@ INLINE void few_rows(const Stack *s, int64_t e, int64_t n0, int64_t n1, const __
             for (int j = 0; j < 4; j++) {
                 __m512i even, odd;
                 if (fast) {
-                    __builtin_prefetch(row[j].codes + g * 32 + 8 * s->columns);  // four rows on: the next pass
+                    __builtin_prefetch(row[j].codes + g * 32 + 2 * s->columns);  // four rows on: the next pass
                     lookup_4bit(row[j].codes + g * 32, codebook, row[j].absmax[g >> shift], &even, &odd);
                 } else {
                     Group w = unpack_group(s, row[j], g * 64, kind, 0, codebook);

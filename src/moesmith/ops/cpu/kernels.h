@@ -34,6 +34,7 @@ typedef struct {
     const float *scale;      // (experts, scales): block scales of a quantised absmax
     const float *offset;     // (experts,)
     const float *codebook;   // 16 or 256 values
+    const uint8_t *planes;   // 8 bit: byte b of every codebook value, (4, 256)
     const float *absmax_codebook;
     int64_t experts, rows, columns;
     int64_t scales;          // block scales per expert

@@ -1,0 +1,1 @@
+"""Floor 4: make a Mixture-of-Experts model out of dense ones."""

@@ -74,6 +74,18 @@ def test_help_of_a_command_does_not_import_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_wrong_path_is_refused_before_torch_is_imported():
+    code = (
+        "import sys; sys.argv = ['moesmith', 'x']; from moesmith import cli; "
+        "codes = [cli.main([*argv]) for argv in (['inspect', './no'], ['chat', './no'], "
+        "['chat', '--adapter', 'no'], ['quantize', './no', '--out', 'x'])]; "
+        "assert codes == [2] * 4, codes; assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("no such file") == 4
+
+
 def test_unknown_command(capsys):
     assert cli.main(["inspct", "x"]) == 2
     assert (

@@ -88,6 +88,31 @@ def test_a_boolean_flag_does_not_eat_the_positional():
     assert (cfg.model, cfg.bias) == ("m", False)
 
 
+def test_a_flag_with_an_optional_number_takes_only_a_number():
+    class Preview(JobConfig):
+        preview: bool | int = False
+
+    def preview(*argv: str):
+        return parse(Preview, argv, ("config",)).preview
+
+    assert preview("--preview") is True and preview("--preview", "3") == 3
+    with pytest.raises(UserError, match="no such file: run.yaml"):
+        preview("--preview", "run.yaml")
+
+
+def test_a_section_left_out_names_the_key_it_needs():
+    class Data(JobConfig):
+        path: str
+        """Rows to learn from."""
+
+    class Needs(JobConfig):
+        data: Data
+
+    with pytest.raises(UserError) as caught:
+        parse(Needs, [], ())
+    assert (caught.value.message, caught.value.hint) == ("missing --data.path", "Rows to learn from.")
+
+
 def test_words_stay_words():
     for text in ("no", "1e3", "12:30", "[a", "null and void", "- x"):
         assert read("m", "--text", text).text == text

@@ -15,7 +15,15 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-__all__ = ["Experts4bit", "ExpertsConfig", "ExpertsLoRA", "ExpertsNbit", "__version__", "register", "unregister"]
+__all__ = [
+    "Experts4bit",
+    "ExpertsConfig",
+    "ExpertsLoRA",
+    "ExpertsNbit",
+    "__version__",
+    "register",
+    "unregister",
+]
 
 _HOME = {
     "ExpertsConfig": "experts.quantizer",

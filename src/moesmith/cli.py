@@ -2,8 +2,8 @@
 
 Each job has a docstring (its help), `Config` (its keys), `POSITIONAL` (the arguments without a flag) and
 `run(cfg)`. It may also have `EXAMPLE` (a line for the help), `JSON = True` (it has facts for `--json`),
-`OUT_OF_MEMORY` (what to change first) and `SEAMS = False` (it loads no model). Listing the commands imports
-none of them.
+`OUT_OF_MEMORY` (what to change first), `SEAMS = False` (it loads no model) and `check(cfg)` (what can be
+refused before torch is imported). Listing the commands imports none of them.
 """
 
 from __future__ import annotations
@@ -94,28 +94,30 @@ def _main(argv: list[str]) -> int:
     job = load(name)
     if as_json and not getattr(job, "JSON", False):
         raise UserError(f"{name} has no --json output")
-    import moesmith
     from moesmith import config, console
 
     cfg = config.parse(job.Config, rest, positional=job.POSITIONAL)
-    # Not for the person at the keyboard: bitsandbytes announces at import that an optional kernel package is
-    # absent, the libraries tell each other what they will rename.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for about in (FutureWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=about)
-    if getattr(job, "SEAMS", True):
-        import moesmith
-
-        moesmith.register()
     console.set_json(as_json)
-    # bitsandbytes warns at import, on some CPUs, about an optional package that nothing here uses
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        moesmith.register()
+        if hasattr(job, "check"):
+            job.check(cfg)
+        _prepare(getattr(job, "SEAMS", True))
         job.run(cfg)
     finally:
         console.set_json(False)
     return 0
+
+
+def _prepare(seams: bool) -> None:
+    """Quiet the libraries, and plug into them if the command loads a model."""
+    # bitsandbytes announces at import that an optional package is absent, the others what they will rename.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for about in (FutureWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=about)
+    if seams:
+        import moesmith
+
+        moesmith.register()
 
 
 def commands() -> list[str]:

@@ -18,7 +18,9 @@ E, H, F = 8, 64, 128
 def experts(kind: str):
     torch.manual_seed(0)
     sizes = dict(hidden_size=H, intermediate_size=F, num_local_experts=E)
-    module = MixtralExperts(MixtralConfig(**sizes)) if kind == "mixtral" else GptOssExperts(GptOssConfig(**sizes))
+    module = (
+        MixtralExperts(MixtralConfig(**sizes)) if kind == "mixtral" else GptOssExperts(GptOssConfig(**sizes))
+    )
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     return module.requires_grad_(False)
@@ -56,7 +58,9 @@ def test_equals_the_stock_function_on_the_dequantised_weights(kind, routing):
     got = experts_forward(packed, hidden, index, weights)
     assert got.shape == hidden.shape
     if len(index):
-        torch.testing.assert_close(got, grouped_mm_experts_forward(stock, hidden, index, weights), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            got, grouped_mm_experts_forward(stock, hidden, index, weights), rtol=0, atol=1e-6
+        )
 
 
 def test_an_id_equal_to_num_experts_contributes_nothing():

@@ -25,7 +25,9 @@ def checkpoint(tmp_path_factory):
 
 
 def load(folder, scheme="nf4", dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=ExpertsConfig(scheme), dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=ExpertsConfig(scheme), dtype=dtype
+    )
 
 
 def adapted(folder, scheme="nf4", dtype=torch.float32, seed=1):
@@ -101,7 +103,9 @@ def test_every_adapter_parameter_of_a_used_expert_gets_a_gradient_and_nothing_el
 def test_gradients_equal_stock_peft_on_the_dequantised_model(checkpoint, tmp_path):
     model = adapted(checkpoint)
     model.save_pretrained(tmp_path)
-    stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, experts_implementation="eager")
+    stock = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, experts_implementation="eager"
+    )
     for (_, ours), (_, theirs) in zip(named_experts(model), named_experts(stock), strict=True):
         for name in weight_names(theirs):
             getattr(theirs, name).data.copy_(stack(ours, name).dense(torch.float32))
@@ -121,7 +125,9 @@ def test_gradients_equal_stock_peft_on_the_dequantised_model(checkpoint, tmp_pat
 
 def test_two_active_adapters_add_up(checkpoint):
     model = adapted(checkpoint)
-    model.add_adapter("second", LoraConfig(target_modules=["q_proj"], target_parameters=TARGETS, r=2, lora_alpha=2))
+    model.add_adapter(
+        "second", LoraConfig(target_modules=["q_proj"], target_parameters=TARGETS, r=2, lora_alpha=2)
+    )
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         if "lora_B.second" in name:
@@ -136,7 +142,9 @@ def test_two_active_adapters_add_up(checkpoint):
     for wrapper in (experts, experts.base_layer):  # fold the second adapter into one of rank 6 by hand
         first, second = wrapper.expert_lora("default"), wrapper.expert_lora("second")
         delta = [lora.scaling * lora.B @ lora.A for lora in (first, second)]
-        rank6 = torch.cat([first.B * first.scaling, second.B * second.scaling], 2) @ torch.cat([first.A, second.A], 1)
+        rank6 = torch.cat([first.B * first.scaling, second.B * second.scaling], 2) @ torch.cat(
+            [first.A, second.A], 1
+        )
         torch.testing.assert_close(rank6, delta[0] + delta[1])
     model.base_model.set_adapter("default")
     assert (experts(hidden, index, weights) - before).abs().max() > 1e-4

@@ -18,7 +18,13 @@ from moesmith.experts.storage import named_experts, stack, weight_names
 
 def olmoe_config(**kwargs):
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    moe = dict(num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, vocab_size=128, max_position_embeddings=64)
+    moe = dict(
+        num_key_value_heads=4,
+        num_experts=8,
+        num_experts_per_tok=2,
+        vocab_size=128,
+        max_position_embeddings=64,
+    )
     return OlmoeConfig(**(sizes | moe | dict(pad_token_id=0, bos_token_id=1, eos_token_id=2) | kwargs))
 
 
@@ -148,7 +154,9 @@ def test_a_stack_that_no_block_fits_is_refused_or_kept_out_loud(tmp_path, ids):
 
 def test_a_dense_model_is_refused(tmp_path):
     LlamaForCausalLM(
-        LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=64)
+        LlamaConfig(
+            hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=64
+        )
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="nothing to pack"):
         load(tmp_path, quantization_config=ExpertsConfig("nf4"))

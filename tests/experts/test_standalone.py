@@ -75,7 +75,9 @@ def test_adapter_equals_the_model_with_the_delta_added(quickstart):
 def test_state_dict_round_trip_is_bit_equal(quickstart):
     gate_up, down, *call = quickstart
     first = ExpertsNbit.from_float(gate_up, down, "nf4", double_quant=True)
-    second = ExpertsNbit.from_float(torch.zeros_like(gate_up), torch.zeros_like(down), "nf4", double_quant=True)
+    second = ExpertsNbit.from_float(
+        torch.zeros_like(gate_up), torch.zeros_like(down), "nf4", double_quant=True
+    )
     second.load_state_dict(first.state_dict())
     assert torch.equal(first(*call), second(*call))
 
@@ -101,7 +103,9 @@ def test_saved_activations_do_not_grow_with_the_number_of_experts():
 
     few, many = saved_bytes(4), saved_bytes(64)
     dense_stack = 64 * 256 * 64 * 4
-    assert many - few < dense_stack / 8  # adapter copies (r of 64 columns) may grow, dequantised weights may not
+    assert (
+        many - few < dense_stack / 8
+    )  # adapter copies (r of 64 columns) may grow, dequantised weights may not
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`moesmith quantize`: the folder it writes, what it proves, and what it refuses to touch."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -70,6 +71,8 @@ def test_families(checkpoint, tmp_path, capsys, family):
     facts = json.loads(quantize(capsys, checkpoint(family), tmp_path / "out", "--json"))
     before, after = Checkpoint.open(checkpoint(family)), Checkpoint.open(tmp_path / "out")
     assert after.config["architectures"] == before.config["architectures"]
+    split = [name for name in after.tensors if re.search(r"experts\.\d+\.", name)]
+    assert not split, "a packed stack is one tensor on disk: that is what can be memory-mapped"
     assert facts["counts"]["not_packed"] == [] and facts["proof"]["tokens"] == 32
     assert facts["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
 

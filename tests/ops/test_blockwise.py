@@ -56,7 +56,8 @@ def bnb_quantize(matrix: torch.Tensor, scheme: str, blocksize: int):
 
 
 def flush(values: torch.Tensor) -> torch.Tensor:
-    """bitsandbytes' bf16 output loses denormals where the processor's own conversion instruction does; ours keeps them."""
+    """bitsandbytes' bf16 output loses denormals where the processor's own conversion instruction does; ours
+    keeps them."""
     return values.masked_fill(values.abs() <= 2.0**-126, 0) if values.dtype == torch.bfloat16 else values
 
 
@@ -81,7 +82,9 @@ def test_bytes_equal_bitsandbytes(road, scheme, dtype, blocksize):
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8", "fp8"])
-@pytest.mark.parametrize("columns, blocksize", [(16, 16), (48, 16), (96, 32), (2048, 64), (192, 64), (512, 512)])
+@pytest.mark.parametrize(
+    "columns, blocksize", [(16, 16), (48, 16), (96, 32), (2048, 64), (192, 64), (512, 512)]
+)
 def test_roads_agree_on_any_width(road, scheme, columns, blocksize):
     weight = torch.randn(3, 5, columns, generator=torch.Generator().manual_seed(columns))
     codes, absmax = ops.quantize(weight, scheme, blocksize)
@@ -117,7 +120,9 @@ def test_fidelity_order(road):
     errors = []
     for scheme in ops.SCHEMES:
         codes, absmax = ops.quantize(weight, scheme)
-        errors.append(float((ops.dequantize(codes, absmax, scheme, torch.float32) - weight).norm() / weight.norm()))
+        errors.append(
+            float((ops.dequantize(codes, absmax, scheme, torch.float32) - weight).norm() / weight.norm())
+        )
     assert errors == sorted(errors) and len(set(errors)) == len(errors)
     assert errors[-1] < 0.2
 

@@ -1,5 +1,6 @@
-"""Law 3: the fast op is the reference op, output and gradient, for any shape and any split of rows over experts.
-Law 1 at this floor: a packed stack and a stack holding its dequantised weights give the same bits."""
+"""Law 3: the fast op is the reference op, output and gradient, for any shape and any split of rows over
+experts. Law 1 at this floor: a packed stack and a stack holding its dequantised weights give the same bits.
+"""
 
 import pytest
 import torch
@@ -190,7 +191,9 @@ def test_only_what_is_asked_for(road):
 
 def test_adapters_in_bf16(road):
     x, stack, offsets, lora, grad = case((3, 272, 256), "ragged", "nf4", torch.bfloat16, False, rank=8)
-    half = ops.Lora(lora.A.detach().bfloat16().requires_grad_(), lora.B.detach().bfloat16().requires_grad_(), 0.75)
+    half = ops.Lora(
+        lora.A.detach().bfloat16().requires_grad_(), lora.B.detach().bfloat16().requires_grad_(), 0.75
+    )
     ops.grouped_linear(x, stack, offsets, half).backward(grad)
     assert half.A.grad.dtype == half.B.grad.dtype == torch.bfloat16
     ops.grouped_linear(x, stack, offsets, lora).backward(grad)

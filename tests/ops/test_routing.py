@@ -7,7 +7,9 @@ from moesmith import ops
 from moesmith.ops import reference
 
 
-@pytest.mark.parametrize("tokens, top_k, experts", [(1, 1, 1), (1, 8, 64), (13, 3, 4), (0, 2, 4), (200, 2, 300)])
+@pytest.mark.parametrize(
+    "tokens, top_k, experts", [(1, 1, 1), (1, 8, 64), (13, 3, 4), (0, 2, 4), (200, 2, 300)]
+)
 def test_equals_reference(tokens, top_k, experts):
     ids = torch.randint(0, experts + 1, (tokens, top_k), generator=torch.Generator().manual_seed(tokens))
     routing = ops.sort_by_expert(ids, experts)

@@ -155,7 +155,11 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self._tie_scales(model)
         model.set_experts_implementation(EXPERTS_FUNCTION)
         if config.linears is not None:
-            skip = get_keys_to_not_convert(model) + router_linears(model) + list(model._keep_in_fp32_modules or [])
+            skip = (
+                get_keys_to_not_convert(model)
+                + router_linears(model)
+                + list(model._keep_in_fp32_modules or [])
+            )
             skip = skip + [name for name, _ in experts]
             replace_with_bnb_linear(model, sorted(set(skip)), config, self.pre_quantized)
         return model
@@ -201,7 +205,9 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         return PackOnLoad(self)
 
     def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        conversions = [c for c in weight_conversions if not (self.pre_quantized and self._builds_packed(c, model))]
+        conversions = [
+            c for c in weight_conversions if not (self.pre_quantized and self._builds_packed(c, model))
+        ]
         conversions = super().update_weight_conversions(conversions, model)
         return [self._for_packed(c) if self._builds_packed(c, model) else c for c in conversions]
 
@@ -273,14 +279,20 @@ class PackOnLoad(ConversionOps):
     def __init__(self, quantizer: ExpertsQuantizer):
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, full_layer_name: Any = None, **kwargs: Any):
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: Any = None, **kwargs: Any
+    ):
         result: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             module, weight = get_module_from_name(model, name)
             if not is_experts(module):
-                op = {"nf4": Bnb4bitQuantize, "int8": Bnb8bitQuantize}[self.quantizer.quantization_config.linears or ""]
-                result |= op(self.quantizer).convert({name: value}, model=model, full_layer_name=name, **kwargs)
+                op = {"nf4": Bnb4bitQuantize, "int8": Bnb8bitQuantize}[
+                    self.quantizer.quantization_config.linears or ""
+                ]
+                result |= op(self.quantizer).convert(
+                    {name: value}, model=model, full_layer_name=name, **kwargs
+                )
             elif isinstance(value, nn.Parameter):  # packed while merging
                 result[name] = value
             else:
@@ -296,12 +308,21 @@ class TransposeToLogical(Transpose):
     def __init__(self, op: Transpose):
         super().__init__(op.dim0, op.dim1, op.check_dims)
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, model: Any = None, full_layer_name: str = "", **kwargs: Any):
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *args: Any,
+        model: Any = None,
+        full_layer_name: str = "",
+        **kwargs: Any,
+    ):
         tensor = next(iter(input_dict.values()))
         tensor = tensor[0] if isinstance(tensor, list) else tensor
         wanted = stack(*get_module_from_name(model, full_layer_name)).shape
         self_or_turned = Transpose(self.dim0, self.dim1) if tuple(tensor.shape) != wanted else _IdentityOp()
-        return self_or_turned.convert(input_dict, *args, model=model, full_layer_name=full_layer_name, **kwargs)
+        return self_or_turned.convert(
+            input_dict, *args, model=model, full_layer_name=full_layer_name, **kwargs
+        )
 
 
 class PackWhileMerging(ConversionOps):
@@ -313,11 +334,19 @@ class PackWhileMerging(ConversionOps):
     def __deepcopy__(self, memo: Any) -> PackWhileMerging:
         return self  # the loader copies converters for every layer; this one keeps nothing between layers
 
-    def convert(self, input_dict: dict[str, list[Tensor]], target_patterns: list[str], full_layer_name: str = "", **_: Any):
+    def convert(
+        self,
+        input_dict: dict[str, list[Tensor]],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        **_: Any,
+    ):
         groups = [input_dict.pop(pattern) for pattern in list(input_dict)]
         counts = {len(group) for group in groups}
         if len(counts) != 1:
-            raise ValueError(f"{full_layer_name}: the checkpoint has {sorted(counts)} matrices for gate and up")
+            raise ValueError(
+                f"{full_layer_name}: the checkpoint has {sorted(counts)} matrices for gate and up"
+            )
         packer = StackPacker(
             counts.pop(), self.quantizer.quantization_config, full_layer_name, self.quantizer.damaged
         )
@@ -363,13 +392,14 @@ class StackPacker:
                 raise ValueError(message) from None
             self.damaged.append(message)
             return
-        self.stack.codes[index] = codes
+        parts = [codes, absmax]
         if self.config.double_quant:
-            nested = quantize_absmax(absmax.unsqueeze(0))
-            for part, value in zip((self.stack.absmax, self.stack.scale, self.stack.offset), nested, strict=True):
-                part[index] = value[0]  # type: ignore[index]
-        else:
-            self.stack.absmax[index] = absmax  # type: ignore[index]
+            assert absmax is not None, "passthrough schemes have no double quantisation"
+            parts = [codes, *(part[0] for part in quantize_absmax(absmax.unsqueeze(0)))]
+        held = (self.stack.codes, self.stack.absmax, self.stack.scale, self.stack.offset)
+        for place, part in zip(held, parts, strict=False):
+            if place is not None and part is not None:
+                place[index] = part
 
 
 def pack_stack(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..ops.blockwise import SCHEMES
 from ..ops.grouped import Lora
 from .forward import experts_forward
 from .quantizer import ExpertsConfig, pack_stack
@@ -29,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class ExpertsNbit(nn.Module):
     """A frozen stack of experts stored as nf4, fp4, int8, fp8, bf16 or fp16. Build it with `from_float`."""
 
+    schemes: tuple[str, ...] = SCHEMES
     has_bias = is_transposed = has_post_expert_norm = False
 
     def __init__(self, num_experts: int, activation: str = "silu", has_gate: bool = True):
@@ -51,7 +54,7 @@ class ExpertsNbit(nn.Module):
         double_quant: bool = False,
         has_gate: bool = True,
         activation: str = "silu",
-    ) -> ExpertsNbit:
+    ) -> Self:
         """Pack `gate_up` (E, 2I, H), or (E, I, H) without a gate, and `down` (E, H, I).
 
         `compute_dtype` is what the matrices are multiplied in; None takes the dtype of the input.
@@ -59,12 +62,18 @@ class ExpertsNbit(nn.Module):
         Raises:
             ValueError: shapes that do not belong together, an unknown `quant_type`, or a weight that is not finite.
         """
+        if quant_type not in cls.schemes:
+            raise ValueError(f"quant_type={quant_type!r} is not one of {', '.join(cls.schemes)} that {cls.__name__} holds")
         if gate_up.ndim != 3 or down.ndim != 3:
-            raise ValueError(f"want 3-D stacks, got gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}")
+            raise ValueError(
+                f"want 3-D stacks, got gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
+            )
         experts, hidden, inner = down.shape
         rows = 2 * inner if has_gate else inner
         if gate_up.shape != (experts, rows, hidden):
-            raise ValueError(f"gate_up is {tuple(gate_up.shape)}, wanted {(experts, rows, hidden)} for down {tuple(down.shape)}")
+            raise ValueError(
+                f"gate_up is {tuple(gate_up.shape)}, wanted {(experts, rows, hidden)} for down {tuple(down.shape)}"
+            )
         config = ExpertsConfig(quant_type, double_quant=double_quant, blocksize=blocksize)
         self = cls(experts, activation, has_gate)
         self.compute_dtype = compute_dtype
@@ -89,18 +98,18 @@ class ExpertsNbit(nn.Module):
 
     def extra_repr(self) -> str:
         scheme = self.experts_scheme
-        shapes = {name: stack(self, name).shape for name in ("gate_up_proj", "up_proj", "down_proj") if hasattr(self, name)}
+        shapes = {
+            name: stack(self, name).shape
+            for name in ("gate_up_proj", "up_proj", "down_proj")
+            if hasattr(self, name)
+        }
         return f"{scheme}, " + ", ".join(f"{name}={tuple(shape)}" for name, shape in shapes.items())
 
 
 class Experts4bit(ExpertsNbit):
     """`ExpertsNbit` with 4 bits per weight: `quant_type` is nf4 or fp4."""
 
-    @classmethod
-    def from_float(cls, gate_up: Tensor, down: Tensor, quant_type: str = "nf4", **kwargs) -> Experts4bit:
-        if quant_type not in ("nf4", "fp4"):
-            raise ValueError(f"quant_type={quant_type!r} is not 4-bit: nf4 or fp4 (ExpertsNbit takes the others)")
-        return super().from_float(gate_up, down, quant_type, **kwargs)
+    schemes = ("nf4", "fp4")
 
 
 class ExpertsLoRA(nn.Module):
@@ -122,9 +131,13 @@ class ExpertsLoRA(nn.Module):
             experts, rows, columns = stack(base, name).shape
             device = getattr(base, name).device
             A = torch.empty(experts, r, columns, device=device)
-            nn.init.uniform_(A, -1 / math.sqrt(columns), 1 / math.sqrt(columns))  # nn.Linear's range, as PEFT does
+            nn.init.uniform_(
+                A, -1 / math.sqrt(columns), 1 / math.sqrt(columns)
+            )  # nn.Linear's range, as PEFT does
             self.register_parameter(f"{short}_lora_A", nn.Parameter(A))
-            self.register_parameter(f"{short}_lora_B", nn.Parameter(torch.zeros(experts, rows, r, device=device)))
+            self.register_parameter(
+                f"{short}_lora_B", nn.Parameter(torch.zeros(experts, rows, r, device=device))
+            )
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As `ExpertsNbit.forward`, with the adapters running."""

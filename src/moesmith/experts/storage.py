@@ -74,9 +74,10 @@ def stack(module: nn.Module, name: str) -> PackedStack:
     if codes.dtype != torch.uint8:  # a passthrough scheme, or a stack that no block size fits
         return PackedStack(codes, scheme="fp16" if codes.dtype == torch.float16 else "bf16")
     absmax, scale, offset = (getattr(module, name + suffix, None) for suffix in SCALE_SUFFIXES)
-    if (absmax if scale is None else scale).dtype != torch.float32:
+    scales = absmax if scale is None else scale
+    if scales is None or scales.dtype != torch.float32:
         raise RuntimeError(
-            f"{name}_absmax is {absmax.dtype}, wanted float32: the model was cast as a whole. "
+            f"{name}_absmax is {getattr(scales, 'dtype', None)}, wanted float32: the model was cast as a whole. "
             "Pass dtype= to from_pretrained instead of casting the loaded model."
         )
     return PackedStack(codes, absmax, scale, offset, module.experts_scheme)
@@ -84,8 +85,12 @@ def stack(module: nn.Module, name: str) -> PackedStack:
 
 def packed_parameters(name: str, packed: PackedStack) -> dict[str, nn.Parameter]:
     """The frozen parameters that hold `packed` under `name`."""
-    parts = zip(("", *SCALE_SUFFIXES), (packed.codes, packed.absmax, packed.scale, packed.offset), strict=True)
-    return {name + suffix: nn.Parameter(part, requires_grad=False) for suffix, part in parts if part is not None}
+    parts = zip(
+        ("", *SCALE_SUFFIXES), (packed.codes, packed.absmax, packed.scale, packed.offset), strict=True
+    )
+    return {
+        name + suffix: nn.Parameter(part, requires_grad=False) for suffix, part in parts if part is not None
+    }
 
 
 def packed_placeholder(

@@ -53,13 +53,18 @@ class Config(JobConfig):
     """auto uses the GPU if there is one."""
 
 
+def check(cfg: Config) -> None:
+    """Refuse what needs no model to be refused: no model named, no such folder, no adapter in it."""
+    from moesmith.models.checkpoint import local_folder
+
+    local_folder(named_model(cfg, recorded_base(cfg.adapter)))
+    if cfg.prompt is None and console.is_json():
+        raise UserError("--json goes with --prompt")
+
+
 def run(cfg: Config) -> None:
     base = recorded_base(cfg.adapter)
-    source = cfg.model or (base or {}).get("path")
-    if source is None:
-        raise UserError(
-            "missing MODEL", "moesmith chat MODEL, or --adapter with a folder that names its base"
-        )
+    source = named_model(cfg, base)
     started = time.perf_counter()
     folder, model, tokenizer = load(source, cfg, base)
     if cfg.adapter is not None:
@@ -75,8 +80,6 @@ def run(cfg: Config) -> None:
         answer = chat.answer(prompt, show=not console.is_json())
         console.emit({"prompt": prompt, **answer.facts()})
         return
-    if console.is_json():
-        raise UserError("--json goes with --prompt")
     converse(chat)
 
 
@@ -97,6 +100,16 @@ def recorded_base(adapter: Path | None) -> dict[str, Any] | None:
         hint = f"did you mean {inner[0]}?" if inner else "an adapter folder holds adapter_config.json"
         raise UserError(f"adapter: {adapter} holds no adapter", hint)
     return read_json(adapter / RECORD).get("base") if (adapter / RECORD).is_file() else None
+
+
+def named_model(cfg: Config, base: dict[str, Any] | None) -> str:
+    """The model asked for, else the one the adapter was trained on."""
+    source = cfg.model or (base or {}).get("path")
+    if source is None:
+        raise UserError(
+            "missing MODEL", "moesmith chat MODEL, or --adapter with a folder that names its base"
+        )
+    return source
 
 
 def load(source: str, cfg: Config, base: dict[str, Any] | None) -> tuple[Path, Any, Any]:

@@ -30,6 +30,14 @@ class Config(JobConfig):
     """Weights per block scale, as `quantize` would use it."""
 
 
+def check(cfg: Config) -> None:
+    """Refuse a folder that is not there, or a broken download, before transformers is imported."""
+    from moesmith.models.checkpoint import Checkpoint, local_folder
+
+    if local_folder(cfg.model) is not None:
+        Checkpoint.open(cfg.model, weights=False)
+
+
 def run(cfg: Config) -> None:
     from moesmith.models.anatomy import dissect, meta_model
     from moesmith.models.checkpoint import Checkpoint, check_architecture

@@ -62,6 +62,16 @@ class Config(JobConfig):
     """Replace an earlier output of this command."""
 
 
+def check(cfg: Config) -> None:
+    """Refuse what needs no model to be refused: no such folder, a broken download, a place that is taken."""
+    from moesmith.models.checkpoint import Checkpoint, local_folder
+
+    folder = local_folder(cfg.model)
+    if folder is not None:
+        refuse_quantised(Checkpoint.open(folder).quantization, cfg.model)
+        check_place(cfg.out, folder, cfg.overwrite)
+
+
 def run(cfg: Config) -> None:
     import torch
 

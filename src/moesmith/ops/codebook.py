@@ -1,8 +1,9 @@
 """The codebooks of the packed schemes, and how a value picks its code.
 
-Identical to bitsandbytes' (tests compare every entry): NF4 from QLoRA (arXiv 2305.14314), FP4 with two exponent bits and one
-mantissa bit, the signed dynamic map of "8-bit Optimizers via Block-wise Quantization" (arXiv 2110.02861) for int8, and a signed
-4-exponent, 3-mantissa map for fp8. A weight is `codebook[code] * absmax` of its block.
+Identical to bitsandbytes' (tests compare every entry): NF4 from QLoRA (arXiv 2305.14314), FP4 with two
+exponent bits and one mantissa bit, the signed dynamic map of "8-bit Optimizers via Block-wise Quantization"
+(arXiv 2110.02861) for int8, and a signed 4-exponent, 3-mantissa map for fp8. A weight is `codebook[code] *
+absmax` of its block.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _fp4() -> Tensor:
 
 
 def _dynamic_map() -> Tensor:
-    """Seven decades, each with twice the fractions of the one below; signs; 0 and 1. Sorted, asymmetric: [-0.993, 1]."""
+    """Seven decades, each with twice the fractions of the one below; signs; 0 and 1. Sorted, asymmetric:
+    [-0.993, 1]."""
     values: list[float] = []
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
@@ -65,7 +67,7 @@ def _dynamic_map() -> Tensor:
 
 
 def _fp8_map() -> Tensor:
-    """Sign, 4 exponent bits, 3 mantissa bits, divided by the largest. Zero appears twice (codes 127 and 128)."""
+    """Sign, 4 exponent bits, 3 mantissa bits, divided by the largest. Zero appears twice (codes 127, 128)."""
     values = []
     for exponent in range(16):
         for mantissa in range(8):
@@ -86,7 +88,8 @@ def bounds_4bit(scheme: str, device: str | torch.device = "cpu") -> tuple[Tensor
 
 @functools.cache
 def table_8bit(scheme: str, device: str | torch.device = "cpu") -> Tensor:
-    """Code of each of 65,536 even steps over [-1, 1], uint8: how bitsandbytes' CPU kernel looks up int8 and fp8."""
+    """Code of each of 65,536 even steps over [-1, 1], uint8: how bitsandbytes' CPU kernel looks up int8 and
+    fp8."""
     code = codebook(scheme)
     step = torch.arange(65536, dtype=torch.float32)
     position = (step + step) / 65535.0 - 1.0

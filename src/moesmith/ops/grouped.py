@@ -1,9 +1,9 @@
 """Rows grouped by expert times packed expert matrices: forward and backward, one autograd function.
 
-The packed weights are frozen. Nothing dequantised is kept: backward unpacks again from the same bytes, so activation memory does
-not grow with the number of experts and no tensor of stack size exists in either direction. A low-rank adapter is applied in
-activation space. Which code runs is chosen per call by device, dtype and size; all of them compute what `reference.grouped_linear`
-says.
+The packed weights are frozen. Nothing dequantised is kept: backward unpacks again from the same bytes, so
+activation memory does not grow with the number of experts and no tensor of stack size exists in either
+direction. A low-rank adapter is applied in activation space. Which code runs is chosen per call by device,
+dtype and size; all of them compute what `reference.grouped_linear` says.
 """
 
 # R routed rows, E experts, r adapter rank; the stack is (E, out, in), or (E, in, out) if transposed
@@ -40,10 +40,12 @@ def grouped_linear(
     lora: Lora | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """x (R, in), rows of expert e at offsets[e]:offsets[e+1], times that expert's matrix -> (R, out) in x's dtype.
+    """x (R, in), rows of expert e at offsets[e]:offsets[e+1], times that expert's matrix -> (R, out) in x's
+    dtype.
 
-    Gradients reach x and the adapter; experts without rows get zero adapter gradients. `transposed` says the stack is
-    (E, in, out). A Tensor of offsets costs a host sync. ValueError if the shapes do not fit together.
+    Gradients reach x and the adapter; experts without rows get zero adapter gradients. `transposed` says the
+    stack is (E, in, out). A Tensor of offsets costs a host sync. ValueError if the shapes do not fit
+    together.
     """
     bounds = offsets.tolist() if isinstance(offsets, Tensor) else list(offsets)
     if torch.is_autocast_enabled(x.device.type):
@@ -58,7 +60,9 @@ def _check(x: Tensor, stack: PackedStack, bounds: list[int], lora: Lora | None, 
     experts, rows, columns = stack.shape
     wide_in, wide_out = (rows, columns) if transposed else (columns, rows)
     if x.dim() != 2 or x.shape[1] != wide_in:
-        raise ValueError(f"x is {tuple(x.shape)}; a stack {stack.shape} with transposed={transposed} wants (R, {wide_in})")
+        raise ValueError(
+            f"x is {tuple(x.shape)}; a stack {stack.shape} with transposed={transposed} wants (R, {wide_in})"
+        )
     if len(bounds) != experts + 1 or bounds[0] != 0 or bounds[-1] != len(x):
         raise ValueError(
             f"offsets has {len(bounds)} entries from {bounds[0]} to {bounds[-1]}; "
@@ -73,8 +77,11 @@ def _check(x: Tensor, stack: PackedStack, bounds: list[int], lora: Lora | None, 
             )
 
 
-def _project(x: Tensor, stack: PackedStack, offsets: list[int], over_columns: bool, extra: loop.Extra = None) -> Tensor:
-    """Per expert x @ W^T (over_columns: contract the stack's last dimension) or x @ W, plus rows @ mats of `extra`."""
+def _project(
+    x: Tensor, stack: PackedStack, offsets: list[int], over_columns: bool, extra: loop.Extra = None
+) -> Tensor:
+    """Per expert x @ W^T (over_columns: contract the stack's last dimension) or x @ W, plus rows @ mats of
+    `extra`."""
     if x.is_cuda:
         return cuda.project(x, stack, offsets, over_columns, extra)
     if cpu.can_project(x, stack):
@@ -110,7 +117,7 @@ class _GroupedLinear(torch.autograd.Function):
             return _project(x, stack, offsets, over_columns=not transposed)
         a = PackedStack(_cast_hit(lora_a, offsets, x.dtype), scheme="bf16")
         low_Rr = _project_low_rank(x, a, offsets, stack).mul_(scaling)
-        # B arrives as PEFT stores it, expert fastest: this is its one contiguous copy, rank-major for the kernels
+        # B arrives as PEFT stores it, expert fastest: this is its one contiguous copy, rank-major
         b_ErO = _cast_hit(lora_b.transpose(1, 2), offsets, x.dtype)
         y = _project(x, stack, offsets, not transposed, (low_Rr, b_ErO))
         wants_a, wants_b = ctx.needs_input_grad[1:3]

@@ -1,7 +1,8 @@
-"""Grouped products as a loop of torch.mm over the experts that have rows: the road for any device, dtype and size.
+"""Grouped products as a loop of torch.mm over the experts that have rows: the road for any device, dtype and
+size.
 
-One expert is unpacked at a time, into one reused scratch matrix. The products have the shapes stock transformers uses, so a packed
-model gives the bits of the stock model holding the dequantised weights.
+One expert is unpacked at a time, into one reused scratch matrix. The products have the shapes stock
+transformers uses, so a packed model gives the bits of the stock model holding the dequantised weights.
 """
 
 # R routed rows, E experts, r adapter rank
@@ -17,7 +18,9 @@ Extra = tuple[Tensor, Tensor] | None
 """rows (R, r) and mats (E, r, out): rows_e @ mats_e is added to the product of expert e."""
 
 
-def project(x: Tensor, stack: PackedStack, offsets: list[int], over_columns: bool, extra: Extra = None) -> Tensor:
+def project(
+    x: Tensor, stack: PackedStack, offsets: list[int], over_columns: bool, extra: Extra = None
+) -> Tensor:
     """Per expert x @ W^T if over_columns, else x @ W; x (R, in) contiguous -> (R, out) in x's dtype."""
     _, rows, columns = stack.shape
     out = x.new_empty(len(x), rows if over_columns else columns)

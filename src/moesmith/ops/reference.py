@@ -1,4 +1,5 @@
-"""Every op of this floor in a few lines of plain PyTorch: the definition, the fallback, and what the tests compare against.
+"""Every op of this floor in a few lines of plain PyTorch: the definition, the fallback, and what the tests
+compare against.
 
 Slow and simple on purpose. Works on any device and dtype; gradients come from autograd.
 """
@@ -16,7 +17,8 @@ from .codebook import BITS, CAST_DTYPES, bounds_4bit, codebook, table_8bit
 
 
 def quantize_matrix(weight: Tensor, scheme: str, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(N, D) -> codes (N, D) or (N, D/2) uint8, absmax (N, D/b) fp32. Bytes equal bitsandbytes' CPU functions."""
+    """(N, D) -> codes (N, D) or (N, D/2) uint8, absmax (N, D/b) fp32. Bytes equal bitsandbytes' CPU
+    functions."""
     blocks = weight.float().reshape(-1, blocksize)
     absmax = blocks.abs().amax(dim=-1)
     if BITS[scheme] == 4:
@@ -36,7 +38,8 @@ def quantize_matrix(weight: Tensor, scheme: str, blocksize: int) -> tuple[Tensor
 
 
 def dequantize(codes: Tensor, absmax: Tensor | None, scheme: str, dtype: torch.dtype) -> Tensor:
-    """codes and absmax of any leading shape -> weights (..., N, D): fp32 code times fp32 absmax, rounded once."""
+    """codes and absmax of any leading shape -> weights (..., N, D): fp32 code times fp32 absmax, rounded
+    once."""
     if scheme in CAST_DTYPES or absmax is None:
         return codes.to(dtype)
     if BITS[scheme] == 4:
@@ -47,7 +50,7 @@ def dequantize(codes: Tensor, absmax: Tensor | None, scheme: str, dtype: torch.d
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """absmax of one expert, any shape -> codes uint8 same shape, scale fp32 (ceil(n/256),), offset fp32 ()."""
+    """absmax of one expert, any shape -> codes uint8 same shape, scale fp32 (ceil(n/256),), offset fp32."""
     offset = absmax.mean()
     centred = (absmax - offset).flatten()
     full = len(centred) // 256 * 256
@@ -64,7 +67,8 @@ def dequantize_absmax(codes: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 
 def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[list[int], list[int]]:
-    """(T, K) -> flat positions grouped by expert, original order within one; boundaries of the groups, length E+1."""
+    """(T, K) -> flat positions grouped by expert, original order within one; boundaries of the groups, length
+    E+1."""
     flat = top_k_index.flatten().tolist()
     groups = [[i for i, expert in enumerate(flat) if expert == e] for e in range(num_experts)]
     offsets = [0]
@@ -82,7 +86,8 @@ def grouped_linear(
     scaling: float = 1.0,
     transposed: bool = False,
 ) -> Tensor:
-    """Rows of x grouped by expert, (R, in), times that expert's matrix (E, out, in), or (E, in, out) if transposed.
+    """Rows of x grouped by expert, (R, in), times that expert's matrix (E, out, in), or (E, in, out) if
+    transposed.
 
     With an adapter, lora_a (E, r, in) and lora_b (E, out, r), adds scaling * (x A^T) B^T.
     """

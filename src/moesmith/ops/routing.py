@@ -1,7 +1,8 @@
 """Group routed rows by expert, and put them back.
 
-A token routed to K experts becomes K rows. Sorting the rows by expert lets each expert see its rows as one slice. Ids equal to
-num_experts mean "not on this rank, weight zero" (expert parallelism); their rows are dropped.
+A token routed to K experts becomes K rows. Sorting the rows by expert lets each expert see its rows as one
+slice. Ids equal to num_experts mean "not on this rank, weight zero" (expert parallelism); their rows are
+dropped.
 """
 
 # T tokens, K top-k, E experts, R routed rows (T*K less the dropped ones), H features

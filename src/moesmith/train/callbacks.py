@@ -87,7 +87,7 @@ class EvaluationCallback(TrainerCallback):
         self.stopped_early = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:  # whatever the interval is, the last adapter has a figure
+        if args.eval_strategy != "no" and state.global_step >= state.max_steps:  # whatever the interval is, the last adapter has a figure
             control.should_evaluate = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:

@@ -196,8 +196,10 @@ class Trainer(SFTTrainer):
         """Forget a window: no gradient is left for the optimizer, no loss for the log. Count it, and name its rows."""
         model.zero_grad(set_to_none=True)
         self._tr_loss.copy_(window.logged_loss)
-        for name, values in self._metrics["train"].items():
-            del values[window.metrics.get(name, 0) :]
+        metrics = self._metrics["train"]
+        kept = {name: values[: window.metrics.get(name, 0)] for name, values in metrics.items()}
+        metrics.clear()
+        metrics.update({name: values for name, values in kept.items() if values})
         self.run_state.skipped += 1
         self.run_state.skipped_in_row += 1
         what = "loss" if window.bad_rows else "gradient"

@@ -1,7 +1,8 @@
 """Native CPU kernels, loaded through ctypes: block quantisation, and grouped products fused with unpacking.
 
-Compiled on first use (see build.py). Without a compiler everything still works through plain PyTorch; `status()` says in one line
-which it is and why. The `can_*` functions tell whether a call suits these kernels; callers take another road when it does not.
+Compiled on first use (see build.py). Without a compiler everything still works through plain PyTorch;
+`status()` says in one line which it is and why. The `can_*` functions tell whether a call suits these
+kernels; callers take another road when it does not.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         ("codes", c_void_p), ("absmax", c_void_p), ("scale", c_void_p), ("offset", c_void_p),
         ("codebook", c_void_p), ("planes", c_void_p), ("absmax_codebook", c_void_p),
-        ("experts", c_int64), ("rows", c_int64), ("columns", c_int64), ("scales", c_int64), ("row_blocks", c_int64),
-        ("block_shift", c_int32), ("kind", c_int32),
+        ("experts", c_int64), ("rows", c_int64), ("columns", c_int64), ("scales", c_int64),
+        ("row_blocks", c_int64), ("block_shift", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -63,6 +64,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library.moesmith_gram.argtypes = [p, p, p, p, i64, i64, i64, i32, i32]
     level = {0: "plain C", 1: "AVX512"}.get(features, "AVX512-BF16, grouped products")
     return library, f"native kernels on: {level} ({path})"
+
+
+def forget() -> None:
+    """Look again on the next call: for tests, and after the environment changed."""
+    _load.cache_clear()
+    has_grouped.cache_clear()
 
 
 def available() -> bool:
@@ -102,10 +109,14 @@ def quantize(matrix: Tensor, scheme: str, blocksize: int, codes: Tensor, absmax:
     common = (matrix.data_ptr(), codes.data_ptr(), absmax.data_ptr(), blocks, blocksize, _TYPES[matrix.dtype])
     if BITS[scheme] == 4:
         midpoints, order = _tree(scheme)
-        _library().moesmith_quantize_4bit(*common, midpoints.data_ptr(), order.data_ptr(), torch.get_num_threads())
+        _library().moesmith_quantize_4bit(
+            *common, midpoints.data_ptr(), order.data_ptr(), torch.get_num_threads()
+        )
     else:
         table, first = table_8bit(scheme), _thresholds(scheme)
-        _library().moesmith_quantize_8bit(*common, table.data_ptr(), first.data_ptr(), torch.get_num_threads())
+        _library().moesmith_quantize_8bit(
+            *common, table.data_ptr(), first.data_ptr(), torch.get_num_threads()
+        )
 
 
 @functools.cache
@@ -125,9 +136,13 @@ def can_dequantize(codes: Tensor, absmax: Tensor, out: Tensor) -> bool:
     """CPU, contiguous, fp32 absmax, blocks of a multiple of 16."""
     blocksize = out.shape[-1] // absmax.shape[-1]
     return (
-        codes.device.type == "cpu" and out.dtype in _TYPES and blocksize % 16 == 0 and absmax.dtype == torch.float32
-        and codes.is_contiguous() and absmax.is_contiguous() and out.is_contiguous() and available()
-    )  # fmt: skip
+        codes.device.type == "cpu"
+        and out.dtype in _TYPES
+        and blocksize % 16 == 0
+        and absmax.dtype == torch.float32
+        and all(t.is_contiguous() for t in (codes, absmax, out))
+        and available()
+    )
 
 
 def dequantize(codes: Tensor, absmax: Tensor, scheme: str, blocksize: int, out: Tensor) -> Tensor:
@@ -164,7 +179,8 @@ def project(
     over_columns: bool,
     extra: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """As loop.project: per expert x @ W^T (over_columns) or x @ W, plus rows @ mats of `extra`. Contiguous bf16."""
+    """As loop.project: per expert x @ W^T (over_columns) or x @ W, plus rows @ mats of `extra`. Contiguous
+    bf16."""
     experts, rows, columns = stack.shape
     out = x.new_empty(len(x), rows if over_columns else columns)
     host = (c_int64 * (experts + 1))(*offsets)
@@ -173,9 +189,8 @@ def project(
         low, mats = _pad_rank(*extra)
         rank = low.shape[1]
     described = ctypes.byref(_describe(stack))
-    tail = (
-        low.data_ptr() if low is not None else 0, mats.data_ptr() if mats is not None else 0, rank, torch.get_num_threads(),
-    )  # fmt: skip
+    pointers = (0 if low is None else low.data_ptr(), 0 if mats is None else mats.data_ptr())
+    tail = (*pointers, rank, torch.get_num_threads())
     if over_columns and len(x) <= _FEW_ROWS:
         _library().moesmith_project_few(described, x.data_ptr(), out.data_ptr(), host, *tail)
     else:
@@ -227,6 +242,14 @@ def gram(p: Tensor, q: Tensor, offsets: list[int], dtype: torch.dtype) -> Tensor
     out = torch.empty(experts, ranks, width, dtype=kind)
     host = (c_int64 * (experts + 1))(*offsets)
     _library().moesmith_gram(
-        p.data_ptr(), q.data_ptr(), out.data_ptr(), host, experts, ranks, width, _TYPES[kind], torch.get_num_threads()
+        p.data_ptr(),
+        q.data_ptr(),
+        out.data_ptr(),
+        host,
+        experts,
+        ranks,
+        width,
+        _TYPES[kind],
+        torch.get_num_threads(),
     )
     return out.to(dtype)

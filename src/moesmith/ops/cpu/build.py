@@ -1,7 +1,8 @@
 """Compile the native kernels for this machine, once.
 
-The library lands in a cache folder under a name that carries a hash of the sources, the compiler and the processor's features, so
-an upgrade or another machine on a shared home folder compiles its own. `python -m moesmith.ops.cpu.build` does it ahead of time.
+The library lands in a cache folder under a name that carries a hash of the sources, the compiler and the
+processor's features, so an upgrade or another machine on a shared home folder compiles its own. `python -m
+moesmith.ops.cpu.build` does it ahead of time.
 
 MOESMITH_CACHE    the folder (default: $XDG_CACHE_HOME/moesmith, else ~/.cache/moesmith)
 MOESMITH_NO_NATIVE=1    never compile or load; plain PyTorch does the work
@@ -57,7 +58,9 @@ def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text().split("\n\n")[0].splitlines()
-        return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
+        return "\n".join(
+            line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))
+        )
     return platform.processor()
 
 
@@ -122,7 +125,9 @@ def _run(command: list[str]) -> None:
         raise BuildError(f"{command[0]} did not run: {error}") from error
     if done.returncode:
         lines = done.stderr.strip().splitlines()
-        reason = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message")
+        reason = next(
+            (line for line in lines if "error" in line.lower()), lines[-1] if lines else "no message"
+        )
         raise BuildError(f"{command[0]} failed: {reason}")
 
 

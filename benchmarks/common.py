@@ -104,9 +104,14 @@ def say(line: str = "") -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def number(value: float) -> str:
+    """Three significant digits, no exponent above one: 0.0213, 3.41, 2,094."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A plain table on stderr; floats get three significant digits."""
-    cells = [[f"{c:.3g}" if isinstance(c, float) else str(c) for c in row] for row in [header, *rows]]
+    cells = [[number(c) if isinstance(c, float) else str(c) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     for row in cells:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -246,7 +246,7 @@ def main() -> None:
     say("MB (1e6 bytes) and seconds; peak = anonymous memory above the start")
     table(
         ("family", "16-bit", "packed", "1 stack", "peak", "limit", "load s", "reload s", "reload peak"),
-        [[round(c, 1) if isinstance(c, float) and c > 100 else c for c in line] for line in lines],
+        lines,
     )
 
 

@@ -119,6 +119,11 @@ def test_words_stay_words():
     assert read("m", "--text=--dashes").text == "--dashes"
     assert read("m", "--linears", "none", "--out", "null").linears is None
 
+    class OwnNone(JobConfig):
+        scheme: Literal["nf4", "none"] | None = None
+
+    assert parse(OwnNone, ["--scheme", "none"], ()).scheme == "none"
+
 
 def test_lists():
     cfg = read("m", "--tags", "a,b", "--tags", "c", "--steps", "[3, 4]")

@@ -119,7 +119,7 @@ def _default(field: FieldInfo) -> str:
         field.get_default(call_default_factory=True) if field.default is PydanticUndefined else field.default
     )
     if value is None:
-        return "none"
+        return "not given" if "none" in choices(field.annotation) else "none"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (list, tuple, set)):
@@ -244,7 +244,7 @@ def _read(text: str, annotation: Any) -> Any:
     """A flag's text as the value its type asks for; pydantic does the final check."""
     parts = _parts(annotation)
     nothing = type(None) in parts
-    if nothing and text.lower() in ("none", "null"):
+    if nothing and text.lower() in ("none", "null") and text not in choices(annotation):
         return None
     if _is_list(annotation) and not text.startswith(("[", "{")):
         return [item.strip() for item in text.split(",") if item.strip()]

@@ -11,9 +11,8 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from moesmith import ExpertsConfig
 from moesmith.errors import UserError
-from moesmith.experts.quantizer import router_linears
 from moesmith.experts.report import count
-from moesmith.experts.storage import named_experts, stack, weight_names
+from moesmith.experts.storage import named_experts, router_linears, stack, weight_names
 
 
 def olmoe_config(**kwargs):
@@ -100,6 +99,19 @@ def test_packed_bytes_are_named_like_the_stack(checkpoint, tmp_path):
     assert tensors[name + "_absmax"].shape == (8, 256, 1)
     saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert saved["quant_method"] == "moesmith" and saved["scheme"] == "nf4"
+
+
+def test_a_checkpoint_with_another_layout_on_disk_keeps_its_stacks_whole_too(tmp_path, ids):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
+    torch.manual_seed(0)
+    MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=4)).save_pretrained(tmp_path / "dense")
+    packed = load(tmp_path / "dense", quantization_config=ExpertsConfig("nf4"))
+    packed.save_pretrained(tmp_path / "packed")
+    names = load_file(tmp_path / "packed" / "model.safetensors").keys()
+    assert sum("experts" in name for name in names) == 4  # two stacks and their scales
+    assert torch.equal(packed(ids).logits, load(tmp_path / "packed")(ids).logits)
 
 
 def test_linears_are_quantised_but_never_routers_gates_and_heads(tmp_path, ids):

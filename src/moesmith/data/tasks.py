@@ -1,4 +1,5 @@
-"""Checkable tasks from reasoning-gym as chat rows: questions with one right answer and a program that knows it.
+"""Checkable tasks from reasoning-gym as chat rows: questions with one right answer and a program that
+knows it.
 
 Training and held-out questions never share a problem: where the generator says which expression a question
 asks for, "What is 3 + 4?" and "Solve 3 + 4." count as the same one.

@@ -178,7 +178,9 @@ def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> list[int]:
     if tokenizer.chat_template is None:
         raise UserError("the model has no chat template", "exact match needs one to ask its questions")
     return list(
-        tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)["input_ids"]
+        tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
     )
 
 

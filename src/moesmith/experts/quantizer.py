@@ -46,6 +46,7 @@ from .storage import (
     named_experts,
     packed_parameters,
     packed_placeholder,
+    router_linears,
     scheme_of,
     stack,
     weight_names,
@@ -220,7 +221,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Whether a converter of the checkpoint ends in a stack that is held packed."""
         if not isinstance(conversion, WeightConverter):
             return False
-        targets = "|".join(re.escape(target) for target in conversion._original_target_patterns)
+        targets = "|".join(re.escape(target.lstrip(".")) for target in conversion._original_target_patterns)
         ends = re.compile(rf"(^|\.)({targets})$")
         return any(
             ends.search(f"{name}.{weight}") and _is_packed(module, weight)
@@ -414,18 +415,6 @@ def pack_stack(
     for index, matrix in enumerate(dense):
         packer.add(index, matrix)
     return packer.stack
-
-
-def router_linears(model: nn.Module) -> list[str]:
-    """Names of the `nn.Linear` that decide routing: inside a router, or a gate in front of a shared expert."""
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            parts = name.split(".")
-            routing = any(part in ("router", "gate") or part.endswith("_router") for part in parts)
-            if routing or module.out_features == 1 or parts[-1].endswith("expert_gate"):
-                found.append(name)
-    return found
 
 
 def _is_packed(module: nn.Module, name: str) -> bool:

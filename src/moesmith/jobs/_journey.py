@@ -90,5 +90,7 @@ class Journey:
     def write(self, more: dict[str, Any]) -> None:
         """Save what is finished so far, and `more` beside it."""
         done = self.phases | self._before
-        phases = {name: {k: v for k, v in asdict(phase).items() if k != "kept"} for name, phase in done.items()}
+        phases = {
+            name: {k: v for k, v in asdict(phase).items() if k != "kept"} for name, phase in done.items()
+        }
         write_atomically(self.file, json.dumps({"phases": phases, **more}, indent=2) + "\n")

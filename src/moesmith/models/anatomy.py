@@ -253,7 +253,7 @@ def _embeddings(model: nn.Module) -> list[torch.Tensor]:
 
 def _linears_never_packed(model: nn.Module) -> tuple[list[str], list[str]]:
     """Linears that `linears=` leaves alone: (routers and gates, what transformers never quantises)."""
-    from moesmith.experts.quantizer import router_linears
+    from moesmith.experts.storage import router_linears
 
     return router_linears(model), get_keys_to_not_convert(model) + list(model._keep_in_fp32_modules or [])
 

@@ -1,7 +1,7 @@
 """moesmith: make, fit, tune, prune, prove and ship Mixture-of-Experts models on one small GPU.
 
-Importing the package registers its three seams by name and changes nothing else: the quantizer "moesmith" and the
-experts function "moesmith" in transformers, and the wrapper for packed experts in PEFT.
+Importing the package registers its three seams by name and changes nothing else: the quantizer "moesmith"
+and the experts function "moesmith" in transformers, and the wrapper for packed experts in PEFT.
 """
 
 import sys
@@ -57,6 +57,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The command line registers when a job starts, so that `moesmith --help` does not wait for torch and transformers.
+# The command line registers when a job starts, so that `moesmith --help` does not wait for torch and
+# transformers.
 if Path(sys.argv[0] if sys.argv else "").stem != "moesmith":
     register()

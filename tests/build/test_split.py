@@ -151,8 +151,8 @@ def test_slices_keep_dtype_and_fold():
         (LlamaConfig(intermediate_size=128), 16, 17, "top_k=17"),
         (LlamaConfig(intermediate_size=128, attention_bias=True), 16, 4, "attention_bias=True"),
         (
-            Qwen3Config(intermediate_size=128, num_hidden_layers=4, use_sliding_window=True, max_window_layers=2),
-            16, 4, "layer_types=",
+            Qwen3Config(intermediate_size=128, num_hidden_layers=4, use_sliding_window=True,
+            max_window_layers=2), 16, 4, "layer_types=",
         ),
     ],
 )  # fmt: skip

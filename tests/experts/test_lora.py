@@ -17,8 +17,9 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("olmoe")
     config = OlmoeConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-        num_experts=8, num_experts_per_tok=2, vocab_size=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, num_experts=8, num_experts_per_tok=2, vocab_size=128, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     OlmoeForCausalLM(config).save_pretrained(folder)
     return folder

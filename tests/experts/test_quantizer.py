@@ -6,8 +6,15 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCausalLM
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from moesmith import ExpertsConfig
 from moesmith.errors import UserError
@@ -104,7 +111,9 @@ def test_packed_bytes_are_named_like_the_stack(checkpoint, tmp_path):
 def test_a_checkpoint_with_another_layout_on_disk_keeps_its_stacks_whole_too(tmp_path, ids):
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=128)
+    sizes = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4, vocab_size=128
+    )
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=4)).save_pretrained(tmp_path / "dense")
     packed = load(tmp_path / "dense", quantization_config=ExpertsConfig("nf4"))
@@ -117,8 +126,8 @@ def test_a_checkpoint_with_another_layout_on_disk_keeps_its_stacks_whole_too(tmp
 def test_linears_are_quantised_but_never_routers_gates_and_heads(tmp_path, ids):
     config = Qwen2MoeConfig(
         hidden_size=64, intermediate_size=128, moe_intermediate_size=128, shared_expert_intermediate_size=128,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, num_experts=8, num_experts_per_tok=2,
-        vocab_size=128,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4, num_experts=8,
+        num_experts_per_tok=2, vocab_size=128,
     )  # fmt: skip
     torch.manual_seed(0)
     Qwen2MoeForCausalLM(config).save_pretrained(tmp_path)

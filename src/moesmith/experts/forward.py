@@ -1,9 +1,9 @@
 """The experts function that computes with packed weights (registered in transformers as "moesmith").
 
-Same signature, same steps and same order of operations as transformers' `grouped_mm` function, so that a packed model
-equals the stock model holding the dequantised weights. What differs: each projection reads packed bytes, dequantises
-bounded pieces of them, and does so again in backward; adapters are applied to the activations of an expert's rows.
-Modules that moesmith did not load fall through to the stock function.
+Same signature, same steps and same order of operations as transformers' `grouped_mm` function, so that a
+packed model equals the stock model holding the dequantised weights. What differs: each projection reads
+packed bytes, dequantises bounded pieces of them, and does so again in backward; adapters are applied to the
+activations of an expert's rows. Modules that moesmith did not load fall through to the stock function.
 
 T tokens, K experts per token, H model dim, R <= T*K routed rows sorted by expert.
 """

@@ -1,9 +1,9 @@
 """LoRA on packed experts, in the stock PEFT format.
 
-PEFT's `ParamWrapper` adds B @ A of every expert to the whole weight stack in each forward. The subclass here hands the
-two factors to the experts function instead, which applies them to the rows an expert received. Parameters, names and
-file format stay PEFT's, so `get_peft_model`, `PeftModel.from_pretrained`, TRL and resume work unchanged, and stock
-PEFT loads the adapter on the 16-bit model.
+PEFT's `ParamWrapper` adds B @ A of every expert to the whole weight stack in each forward. The subclass
+here hands the two factors to the experts function instead, which applies them to the rows an expert
+received. Parameters, names and file format stay PEFT's, so `get_peft_model`, `PeftModel.from_pretrained`,
+TRL and resume work unchanged, and stock PEFT loads the adapter on the 16-bit model.
 
 PEFT stores lora_A as (E*r, in) with the expert slowest and lora_B as (out, r*E) with the expert fastest.
 """
@@ -78,8 +78,8 @@ def _dispatch(
 def register() -> None:
     """Let PEFT choose the wrapper for packed experts; every other target reaches its own dispatcher.
 
-    `LoraConfig._register_custom_module` would do this too, but is not saved with an adapter: loading one by its
-    folder would build the stock wrapper and fail.
+    `LoraConfig._register_custom_module` would do this too, but is not saved with an adapter: loading one by
+    its folder would build the stock wrapper and fail.
     """
     peft_lora.dispatch_default = _dispatch
 

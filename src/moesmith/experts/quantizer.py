@@ -1,9 +1,9 @@
 """Seam 1: a transformers quantizer that packs experts while the model streams from disk.
 
-On the meta model each stacked experts weight becomes packed placeholders of the same name (see `storage`). The
-quantise operation then runs inside transformers' own loader, one expert at a time, so that peak memory is the packed
-model plus at most one layer's tensors. `save_pretrained` writes the packed form; loading that is a memory map.
-`nn.Linear` is left to bitsandbytes, when asked for.
+On the meta model each stacked experts weight becomes packed placeholders of the same name (see `storage`).
+The quantise operation then runs inside transformers' own loader, one expert at a time, so that peak memory
+is the packed model plus at most one layer's tensors. `save_pretrained` writes the packed form; loading that
+is a memory map. `nn.Linear` is left to bitsandbytes, when asked for.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ class ExpertsConfig(QuantizationConfigMixin):
     """How `from_pretrained(..., quantization_config=ExpertsConfig("nf4"))` stores a MoE model.
 
     Args:
-        scheme: storage of the stacked experts: nf4, fp4, int8, fp8 (packed in blocks) or bf16, fp16 (kept whole).
-        linears: what happens to `nn.Linear`: None leaves them, "nf4" or "int8" hands them to bitsandbytes. Routers,
-            gates, embeddings and heads are never touched.
+        scheme: storage of the stacked experts: nf4, fp4, int8, fp8 (packed in blocks) or bf16, fp16 (kept
+            whole).
+        linears: what happens to `nn.Linear`: None leaves them, "nf4" or "int8" hands them to bitsandbytes.
+            Routers, gates, embeddings and heads are never touched.
         double_quant: store the block scales in 8 bits too (4.13 instead of 4.5 bits per weight for nf4).
         blocksize: weights per scale. Halved, down to 16, for a stack whose last dimension it does not divide.
         unpackable: "error" refuses a stack that no block size divides, "keep" leaves it in 16 bits.
@@ -139,14 +140,14 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def adjust_max_memory(self, max_memory: dict) -> dict:
         return max_memory
 
-    # --- the meta model -------------------------------------------------------------------------------------------
+    # --- the meta model -----------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **kwargs: Any):
         config = self.quantization_config
         experts = list(named_experts(model))
         if not experts:
             raise UserError(
-                f"{type(model).__name__} has no experts module that transformers dispatches, so there is nothing to pack",
+                f"{type(model).__name__} has no experts module that transformers dispatches: nothing to pack",
                 "for a dense model use transformers' own BitsAndBytesConfig",
             )
         for name, module in experts:
@@ -179,7 +180,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 dense.requires_grad_(False)
                 return
             raise UserError(
-                f"{full_name}: last dimension {dense.shape[-1]} is no multiple of 16, so {config.scheme} blocks do not fit",
+                f"{full_name}: last dimension {dense.shape[-1]} is no multiple of 16, no {config.scheme} block fits",
                 "keep such stacks in 16 bits with unpackable='keep', or choose scheme='bf16'",
             )
         packed = packed_placeholder(dense.shape, config.scheme, blocksize, config.double_quant, dense.device)
@@ -194,7 +195,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 if target + suffix in names and source + suffix in names:
                     model.all_tied_weights_keys[target + suffix] = source + suffix
 
-    # --- the loader -----------------------------------------------------------------------------------------------
+    # --- the loader ---------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
@@ -232,8 +233,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def _for_packed(self, conversion: WeightConverter) -> WeightConverter:
         """The same conversion, ending in a packed stack.
 
-        Per-expert checkpoints pack each expert as it is read instead of building the 16-bit stack first; a transpose
-        that looks at the shape of the model's parameter looks at the logical one.
+        Per-expert checkpoints pack each expert as it is read instead of building the 16-bit stack first; a
+        transpose that looks at the shape of the model's parameter looks at the logical one.
         """
         operations = conversion.operations
         kinds = [type(op) for op in operations]
@@ -261,8 +262,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 if name.removesuffix("_bias") == name:
                     parameter.requires_grad_(False)
         for module in model.modules():
-            # On CPUs with AVX512-BF16 bitsandbytes repacks a Linear4bit in eval mode for good, and from then on
-            # adapters around it silently receive no gradient.
+            # On CPUs with AVX512-BF16 bitsandbytes repacks a Linear4bit in eval mode for good, and from
+            # then on adapters around it silently receive no gradient.
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         return model
@@ -363,8 +364,8 @@ class PackWhileMerging(ConversionOps):
 class StackPacker:
     """Fills a packed stack expert by expert, without ever holding the 16-bit stack.
 
-    An expert that cannot be packed raises, or is noted in `damaged`: transformers' loader swallows what is raised
-    inside it and reports it as a conversion problem of its own.
+    An expert that cannot be packed raises, or is noted in `damaged`: transformers' loader swallows what is
+    raised inside it and reports it as a conversion problem of its own.
     """
 
     def __init__(self, num_experts: int, config: ExpertsConfig, name: str, damaged: list[str] | None = None):

@@ -1,4 +1,6 @@
-"""Counts that are said out loud: what was packed, what was asked for and is not, what trains and what is frozen."""
+"""Counts that are said out loud: what was packed, what was asked for and is not, what trains and what is
+frozen.
+"""
 
 from __future__ import annotations
 

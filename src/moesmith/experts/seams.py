@@ -1,7 +1,8 @@
 """Plug in and take out: the quantizer and the experts function in transformers, the wrapper in PEFT.
 
-Everything is registered by name at the libraries' own registration points. PEFT has none that is kept with a saved
-adapter, so there one function is replaced by a wrapper that passes on whatever is not ours (see `lora`).
+Everything is registered by name at the libraries' own registration points. PEFT has none that is kept with
+a saved adapter, so there one function is replaced by a wrapper that passes on whatever is not ours (see
+`lora`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ TESTED_TRANSFORMERS = ("5.23.0", "5.24.0")
 
 
 def register() -> None:
-    """Register the three seams; a second call changes nothing. Warns about an untested transformers version."""
+    """Register the three seams; a second call changes nothing. Warns about an untested transformers
+    version.
+    """
     if QUANT_METHOD in AUTO_QUANTIZER_MAPPING:
         return
     first, end = TESTED_TRANSFORMERS

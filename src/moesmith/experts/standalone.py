@@ -1,7 +1,8 @@
-"""Packed experts for people with their own model: plain modules over the same functions, no transformers model needed.
+"""Packed experts for people with their own model: plain modules over the same functions, no transformers
+model needed.
 
-E experts, H model dim, I expert hidden dim, T tokens, K experts per token. Weight layout and adapter names follow the
-fused convention: `gate_up_proj` (E, 2I, H) with the gate rows first, `down_proj` (E, H, I).
+E experts, H model dim, I expert hidden dim, T tokens, K experts per token. Weight layout and adapter names
+follow the fused convention: `gate_up_proj` (E, 2I, H) with the gate rows first, `down_proj` (E, H, I).
 """
 
 from __future__ import annotations
@@ -60,10 +61,13 @@ class ExpertsNbit(nn.Module):
         `compute_dtype` is what the matrices are multiplied in; None takes the dtype of the input.
 
         Raises:
-            ValueError: shapes that do not belong together, an unknown `quant_type`, or a weight that is not finite.
+            ValueError: shapes that do not belong together, an unknown `quant_type`, or a weight that is not
+                finite.
         """
         if quant_type not in cls.schemes:
-            raise ValueError(f"quant_type={quant_type!r} is not one of {', '.join(cls.schemes)} that {cls.__name__} holds")
+            raise ValueError(
+                f"quant_type={quant_type!r} is not one of {', '.join(cls.schemes)} that {cls.__name__} holds"
+            )
         if gate_up.ndim != 3 or down.ndim != 3:
             raise ValueError(
                 f"want 3-D stacks, got gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
@@ -72,7 +76,7 @@ class ExpertsNbit(nn.Module):
         rows = 2 * inner if has_gate else inner
         if gate_up.shape != (experts, rows, hidden):
             raise ValueError(
-                f"gate_up is {tuple(gate_up.shape)}, wanted {(experts, rows, hidden)} for down {tuple(down.shape)}"
+                f"gate_up is {tuple(gate_up.shape)}, wanted {(experts, rows, hidden)} beside down {tuple(down.shape)}"
             )
         config = ExpertsConfig(quant_type, double_quant=double_quant, blocksize=blocksize)
         self = cls(experts, activation, has_gate)
@@ -92,7 +96,9 @@ class ExpertsNbit(nn.Module):
         return self.act_fn(gate) * up
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(T, H), (T, K) expert ids, (T, K) routing weights -> (T, H), the weighted sum of each token's experts."""
+        """(T, H), (T, K) expert ids, (T, K) routing weights -> (T, H), the weighted sum of each token's
+        experts.
+        """
         x = hidden_states if self.compute_dtype is None else hidden_states.to(self.compute_dtype)
         return experts_forward(self, x, top_k_index, top_k_weights).to(hidden_states.dtype)
 

@@ -1,8 +1,9 @@
 """How a MoE layer's experts are stored: which parameters they are and what each one holds.
 
-An experts module is one that transformers decorated with `@use_experts_implementation`: it keeps the weights of all
-its experts in stacked 3-D parameters, `gate_up_proj` (or `up_proj` without a gate) and `down_proj`. Packing keeps the
-module and swaps each stack for uint8 codes *of the same name*, with the block scales beside it:
+An experts module is one that transformers decorated with `@use_experts_implementation`: it keeps the
+weights of all its experts in stacked 3-D parameters, `gate_up_proj` (or `up_proj` without a gate) and
+`down_proj`. Packing keeps the module and swaps each stack for uint8 codes *of the same name*, with the
+block scales beside it:
 
     gate_up_proj                 uint8   (E, N, D/2) two 4-bit codes per byte, or (E, N, D) 8-bit codes
     gate_up_proj_absmax          fp32    (E, N, D/blocksize)       one scale per block
@@ -11,8 +12,9 @@ with double quantisation instead
     gate_up_proj_absmax_scale    fp32    (E, ceil(blocks/256))     one scale per 256 scales
     gate_up_proj_absmax_offset   fp32    (E,)                      mean of an expert's scales
 
-E experts; N rows and D columns of one expert's matrix as the model stores it. Logical shape and block size follow from
-these shapes; the scheme is the module's `experts_scheme`. Nothing else is needed to compute or to reload.
+E experts; N rows and D columns of one expert's matrix as the model stores it. Logical shape and block size
+follow from these shapes; the scheme is the module's `experts_scheme`. Nothing else is needed to compute or
+to reload.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ def mark(module: nn.Module, scheme: str) -> None:
         raise ValueError(f"scheme={scheme!r} is not one of {', '.join(SCHEMES)}")
     holder = cast(Any, module)
     holder.experts_scheme = scheme
-    holder.experts_lora = {}  # weight name -> list of active adapters, filled by the PEFT wrapper during a forward
+    # weight name -> list of active adapters, filled by the PEFT wrapper during a forward
+    holder.experts_lora = {}
 
 
 def stack(module: nn.Module, name: str) -> PackedStack:
@@ -77,7 +80,7 @@ def stack(module: nn.Module, name: str) -> PackedStack:
     scales = absmax if scale is None else scale
     if scales is None or scales.dtype != torch.float32:
         raise RuntimeError(
-            f"{name}_absmax is {getattr(scales, 'dtype', None)}, wanted float32: the model was cast as a whole. "
+            f"{name}: scales are {getattr(scales, 'dtype', None)}, wanted float32: the model was cast as a whole. "
             "Pass dtype= to from_pretrained instead of casting the loaded model."
         )
     return PackedStack(codes, absmax, scale, offset, module.experts_scheme)
@@ -111,7 +114,9 @@ def packed_placeholder(
 
 
 def router_linears(model: nn.Module) -> list[str]:
-    """Names of the `nn.Linear` that decide routing: inside a router, or a gate in front of a shared expert."""
+    """Names of the `nn.Linear` that decide routing: inside a router, or a gate in front of a shared
+    expert.
+    """
     found = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
 """Send every token's hidden state to its experts' rows, and bring the rows' weighted sum back.
 
-The two moves are each other's transpose, so the backward of either is written with the other one: a gather and a sum
-over the top-k, in a fixed order, where autograd would scatter-add row by row.
+The two moves are each other's transpose, so the backward of either is written with the other one: a gather
+and a sum over the top-k, in a fixed order, where autograd would scatter-add row by row.
 """
 
 # T tokens, K top-k, R routed rows sorted by expert, H features
@@ -25,7 +25,8 @@ def gather_rows(hidden: Tensor, routing: Routing) -> Tensor:
 def combine_rows(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
     """(R, H) rows and (T, K) routing weights -> (T, H): the weighted sum of each token's rows.
 
-    The product and the sum have the dtype that torch promotes `rows` and `weights` to; dropped slots count as zero.
+    The product and the sum have the dtype that torch promotes `rows` and `weights` to; dropped slots count
+    as zero.
     """
     return _Combine.apply(rows, weights, routing)
 

@@ -19,8 +19,8 @@ import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = ("blocks.c", "grouped.c")
-HEADERS = ("kernels.h",)
+SOURCES = ("blocks.c", "grouped.c", "decode.c", "gram.c")
+HEADERS = ("kernels.h", "unpack.h")
 # -ffp-contract=off: a fused multiply-add where bitsandbytes rounds twice would change bits
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden")
 

@@ -180,7 +180,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
                 dense.requires_grad_(False)
                 return
             raise UserError(
-                f"{full_name}: last dimension {dense.shape[-1]} is no multiple of 16, no {config.scheme} block fits",
+                f"{full_name}: last dimension {dense.shape[-1]} is no multiple of 16: no block fits",
                 "keep such stacks in 16 bits with unpackable='keep', or choose scheme='bf16'",
             )
         packed = packed_placeholder(dense.shape, config.scheme, blocksize, config.double_quant, dense.device)

@@ -73,10 +73,10 @@ class ExpertsNbit(nn.Module):
                 f"want 3-D stacks, got gate_up {tuple(gate_up.shape)} and down {tuple(down.shape)}"
             )
         experts, hidden, inner = down.shape
-        rows = 2 * inner if has_gate else inner
-        if gate_up.shape != (experts, rows, hidden):
+        wanted = (experts, 2 * inner if has_gate else inner, hidden)
+        if gate_up.shape != wanted:
             raise ValueError(
-                f"gate_up is {tuple(gate_up.shape)}, wanted {(experts, rows, hidden)} beside down {tuple(down.shape)}"
+                f"gate_up is {tuple(gate_up.shape)}, wanted {wanted} for down {tuple(down.shape)}"
             )
         config = ExpertsConfig(quant_type, double_quant=double_quant, blocksize=blocksize)
         self = cls(experts, activation, has_gate)

@@ -80,7 +80,7 @@ def stack(module: nn.Module, name: str) -> PackedStack:
     scales = absmax if scale is None else scale
     if scales is None or scales.dtype != torch.float32:
         raise RuntimeError(
-            f"{name}: scales are {getattr(scales, 'dtype', None)}, wanted float32: the model was cast as a whole. "
+            f"{name}: scales are {getattr(scales, 'dtype', None)}, wanted float32: the model was cast. "
             "Pass dtype= to from_pretrained instead of casting the loaded model."
         )
     return PackedStack(codes, absmax, scale, offset, module.experts_scheme)

@@ -16,6 +16,7 @@ SPLITS = {
     "none": lambda e: [0] * e,
     "one token": lambda e: [0] * (e - 1) + [1],
     "all on one": lambda e: [67] + [0] * (e - 1),
+    "few": lambda e: [i % 5 for i in range(e, 0, -1)],
     "ragged": lambda e: [(7 * i) % 12 for i in range(1, e + 1)],
     "many": lambda e: [400 if i == 0 else 3 for i in range(e)],
 }
@@ -100,23 +101,26 @@ def test_equals_reference(road, shape, split, transposed, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_scheme(road, scheme, transposed, dtype):
     check((3, 272, 256), "ragged", scheme, dtype, transposed)
+    check((3, 272, 256), "few", scheme, dtype, transposed)
+    check((2, 128, 1040), "few", scheme, dtype, transposed)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8"])
 def test_double_quantised_absmax(road, scheme):
     check((3, 272, 256), "ragged", scheme, torch.bfloat16, False, rank=8, double_quant=True)
     check((3, 272, 256), "all on one", scheme, torch.bfloat16, True, double_quant=True)
+    check((3, 272, 256), "few", scheme, torch.bfloat16, False, double_quant=True)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 8, 16, 33])
-@pytest.mark.parametrize("split", ["ragged", "many", "one token"])
+@pytest.mark.parametrize("split", ["ragged", "many", "one token", "few"])
 def test_any_rank(road, rank, split):
     check((3, 272, 256), split, "nf4", torch.bfloat16, False, rank=rank)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4", "fp4"])
 @pytest.mark.parametrize("shape", [SMALL[0], LARGE[0]])
-@pytest.mark.parametrize("split", ["even", "all on one", "many"])
+@pytest.mark.parametrize("split", ["even", "all on one", "many", "few"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_packed_is_the_dequantised_stack_bit_for_bit(road, scheme, shape, split, transposed, double_quant):

@@ -130,8 +130,9 @@ def test_without_held_out_rows_there_is_only_a_last_adapter(tmp_path):
 
 
 def test_best_is_kept_when_the_loss_rises_again_and_early_stop_ends_the_run(tmp_path):
-    cfg = settings(tmp_path / "out", lr=1.0, max_grad_norm=0, max_steps=20, eval_steps=1, early_stop=3)
-    result = run(tmp_path / "out", cfg=cfg)
+    # The held-out rows answer what no training row answers, so learning soon stops helping them.
+    cfg = settings(tmp_path / "out", lr=3e-2, max_steps=20, eval_steps=1, early_stop=3)
+    result = run(tmp_path / "out", held_out=uneven()[4:], cfg=cfg)
     assert result.stopped == "early stop" and result.finished
     assert result.steps == result.best_step + 3
     assert result.best_eval_loss < result.last_eval_loss
@@ -217,17 +218,19 @@ def test_router_balance_loss_only_when_asked_for(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_stopped_run_continues_to_the_same_losses(tmp_path, monkeypatch, packed):
-    pack_to = 90 if packed else None
+    pack_to = 60 if packed else None
     cfg = settings(tmp_path / "whole", epochs=2, max_steps=None, save_steps=1)
-    whole = run(tmp_path / "whole", cfg=cfg, pack_to=pack_to)
+    whole = run(tmp_path / "whole", train=examples(14), cfg=cfg, pack_to=pack_to)
     cfg = cfg.model_copy(update={"out": str(tmp_path / "parts")})
-    for step in (3, 4, whole.steps - 1):
+    stops = (1, whole.steps // 2, whole.steps - 1)  # the second is the end of an epoch
+    assert len(set(stops)) == 3
+    for step in stops:
         with monkeypatch.context() as patch:
             at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-            part = run(tmp_path / "parts", cfg=cfg, resume=step != 3, pack_to=pack_to)
+            part = run(tmp_path / "parts", train=examples(14), cfg=cfg, resume=step != stops[0], pack_to=pack_to)
         assert part.stopped == "interrupted" and not part.finished and part.steps == step
         assert not (tmp_path / "parts" / "result.json").exists()
-    parts = run(tmp_path / "parts", cfg=cfg, resume=True, pack_to=pack_to)
+    parts = run(tmp_path / "parts", train=examples(14), cfg=cfg, resume=True, pack_to=pack_to)
     assert parts.finished and parts.steps == whole.steps
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert (parts.tokens, parts.best_step, parts.best_eval_loss) == (whole.tokens, whole.best_step, whole.best_eval_loss)
@@ -382,7 +385,8 @@ def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
 def test_a_finite_step_starts_the_count_again(tmp_path, monkeypatch):
     poison(monkeypatch, [2, 9, 21], "loss")
     out = tmp_path / "out"
-    result = run(out, cfg=settings(out, epochs=1, max_steps=None, batch_size=1, grad_accum=1, max_nonfinite=3))
+    options = {"epochs": 1, "max_steps": None, "batch_size": 1, "grad_accum": 1, "eval_steps": 50, "save_steps": 50}
+    result = run(out, cfg=settings(out, max_nonfinite=3, **options))
     assert result.finished and result.skipped == 3
 
 

@@ -28,7 +28,6 @@ from transformers.integrations.bitsandbytes import (
     Bnb8bitQuantize,
     replace_with_bnb_linear,
 )
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -38,6 +37,7 @@ from ..errors import UserError
 from ..ops.blockwise import SCHEMES, pick_blocksize, quantize, quantize_absmax
 from ..ops.stack import PackedStack
 from .forward import EXPERTS_FUNCTION
+from .linears import kept_linears
 from .storage import (
     PASSTHROUGH,
     SCALE_SUFFIXES,
@@ -46,7 +46,6 @@ from .storage import (
     named_experts,
     packed_parameters,
     packed_placeholder,
-    router_linears,
     scheme_of,
     stack,
     weight_names,
@@ -157,13 +156,8 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         self._tie_scales(model)
         model.set_experts_implementation(EXPERTS_FUNCTION)
         if config.linears is not None:
-            skip = (
-                get_keys_to_not_convert(model)
-                + router_linears(model)
-                + list(model._keep_in_fp32_modules or [])
-            )
-            skip = skip + [name for name, _ in experts]
-            replace_with_bnb_linear(model, sorted(set(skip)), config, self.pre_quantized)
+            skip = [*kept_linears(model), *(name for name, _ in experts)]
+            replace_with_bnb_linear(model, skip, config, self.pre_quantized)
         return model
 
     def _place(self, module: nn.Module, weight: str, full_name: str) -> None:
@@ -222,7 +216,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Whether a converter of the checkpoint ends in a stack that is held packed."""
         if not isinstance(conversion, WeightConverter):
             return False
-        targets = "|".join(re.escape(target.lstrip(".")) for target in conversion._original_target_patterns)
+        targets = "|".join(re.escape(target.lstrip(".")) for target in conversion.target_patterns)
         ends = re.compile(rf"(^|\.)({targets})$")
         return any(
             ends.search(f"{name}.{weight}") and _is_packed(module, weight)

@@ -111,17 +111,3 @@ def packed_placeholder(
     scale = torch.empty(experts, -(-rows * blocks // 256), dtype=torch.float32, device=device)
     offset = torch.empty(experts, dtype=torch.float32, device=device)
     return PackedStack(codes, absmax, scale, offset, scheme)
-
-
-def router_linears(model: nn.Module) -> list[str]:
-    """Names of the `nn.Linear` that decide routing: inside a router, or a gate in front of a shared
-    expert.
-    """
-    found = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            parts = name.split(".")
-            routing = any(part in ("router", "gate") or part.endswith("_router") for part in parts)
-            if routing or module.out_features == 1 or parts[-1].endswith("expert_gate"):
-                found.append(name)
-    return found

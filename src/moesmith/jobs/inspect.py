@@ -95,7 +95,16 @@ def check_disk(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
 # ---------------------------------------------------------------- the words
 
 WIDTH = 17  # of the labels
-REST = ("routers", "embeddings", "head", "gates", "tied and last linears", "norms", "other tensors")
+REST = (
+    "routers",
+    "embeddings",
+    "head",
+    "gates",
+    "tied and last linears",
+    "linears that cannot be packed",
+    "norms",
+    "other tensors",
+)
 
 
 def show(facts: dict[str, Any], anatomy: Anatomy) -> None:

@@ -20,10 +20,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.utils import logging
 
 from moesmith.errors import UserError
+from moesmith.experts.linears import HEAD, ROUTER, kept_linears
 from moesmith.experts.storage import named_experts, packed_placeholder, weight_names
 from moesmith.models.checkpoint import model_class
 from moesmith.models.layers import MoELayer, adapter_targets, moe_layers, submodule
@@ -177,17 +177,19 @@ def dissect(model: nn.Module, blocksize: int = 64) -> Anatomy:
 
     towers = {id(p) for tower in _towers(model, config) for p in tower.parameters()}
     anatomy.towers = sum({id(p): p.numel() for p in model.parameters() if id(p) in towers}.values())
-    gates, kept = _linears_never_packed(model)
+    kept = kept_linears(model)
     head = model.get_output_embeddings()
     if head is not None and not any(p is head.weight for p in _embeddings(model)):
         _add(anatomy, "head", [head.weight], taken)
     _add(anatomy, "embeddings", _embeddings(model), taken)
     for name, module in model.named_modules():
         if type(module) is nn.Linear and id(module.weight) not in taken:
-            if name in gates:
+            if kept.get(name) == ROUTER:
                 _add(anatomy, "gates", [module.weight], taken)
-            elif any(name == prefix or name.startswith(prefix + ".") for prefix in kept):
+            elif kept.get(name) == HEAD:
                 _add(anatomy, "tied and last linears", [module.weight], taken)
+            elif name in kept:
+                _add(anatomy, "linears that cannot be packed", [module.weight], taken)
             else:
                 taken.add(id(module.weight))
                 anatomy.linears += module.weight.numel()
@@ -249,13 +251,6 @@ def _linear_bytes(weight: torch.Tensor, scheme: str | None, double_quant: bool) 
 
 def _embeddings(model: nn.Module) -> list[torch.Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
-
-
-def _linears_never_packed(model: nn.Module) -> tuple[list[str], list[str]]:
-    """Linears that `linears=` leaves alone: (routers and gates, what transformers never quantises)."""
-    from moesmith.experts.storage import router_linears
-
-    return router_linears(model), get_keys_to_not_convert(model) + list(model._keep_in_fp32_modules or [])
 
 
 def _towers(model: nn.Module, text_config: Any) -> list[nn.Module]:

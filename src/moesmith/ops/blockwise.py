@@ -42,6 +42,7 @@ def quantize(weight: Tensor, scheme: str, blocksize: int = 64) -> tuple[Tensor, 
         raise ValueError(f"wanted a float tensor (..., N, D), got {weight.dtype} {tuple(weight.shape)}")
     if scheme in CAST_DTYPES:
         return weight.to(CAST_DTYPES[scheme]), None
+    weight = weight.detach()
     *lead, rows, columns = weight.shape
     if blocksize < 2 or blocksize % 2 or columns % blocksize:
         hint = pick_blocksize(columns)

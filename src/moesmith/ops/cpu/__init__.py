@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..codebook import BITS, CAST_DTYPES, bounds_4bit, codebook, table_8bit
-from . import build
 
 if TYPE_CHECKING:
     from ..stack import PackedStack
@@ -27,8 +26,8 @@ _MIN_ELEMENTS = 65536
 """Matrices smaller than this go through torch.mm, so that tiny models equal stock bit for bit."""
 
 _BLOCKSIZES = frozenset(2**i for i in range(4, 20))
-_FEW_ROWS = 32
-"""Up to this many rows in all, reading the packed bytes is the whole cost: no panels."""
+_FEW = 4
+"""Rows that share one pass over the packed bytes in decode.c (FEW there)."""
 
 
 class _Stack(ctypes.Structure):
@@ -47,6 +46,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None, and a line about it."""
     if os.environ.get("MOESMITH_NO_NATIVE", "") not in ("", "0"):
         return None, "native kernels off: MOESMITH_NO_NATIVE is set"
+    from . import build  # here, so that `python -m moesmith.ops.cpu.build` finds it not yet imported
+
     try:
         path = build.build()
         library = ctypes.CDLL(str(path))
@@ -191,7 +192,8 @@ def project(
     described = ctypes.byref(_describe(stack))
     pointers = (0 if low is None else low.data_ptr(), 0 if mats is None else mats.data_ptr())
     tail = (*pointers, rank, torch.get_num_threads())
-    if over_columns and len(x) <= _FEW_ROWS:
+    hit = sum(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+    if over_columns and len(x) <= _FEW * hit:
         _library().moesmith_project_few(described, x.data_ptr(), out.data_ptr(), host, *tail)
     else:
         _library().moesmith_project(described, x.data_ptr(), out.data_ptr(), host, over_columns, *tail)

@@ -316,10 +316,14 @@ INLINE void dequantize_blocks(const uint8_t* codes, const float* absmax, void* o
 
 // Blocks are dealt in runs: long enough to be worth a thread, short enough to balance.
 #define RUN 1024
-#define FOR_RUNS(blocks)                                                                                  \
-    int64_t runs = ((blocks) + RUN - 1) / RUN;                                                            \
-    _Pragma("omp parallel for schedule(static) num_threads(threads) if (runs > 1)") for (int64_t run = 0; \
-                                                                                         run < runs; run++)
+// clang-format off
+#define FOR_RUNS(blocks)                                                            \
+    int64_t runs = ((blocks) + RUN - 1) / RUN;                                      \
+    _Pragma("omp parallel for schedule(static) num_threads(threads) if (runs > 1)") \
+    for (int64_t run = 0; run < runs; run++)
+#define FOR_TYPE(type, call) \
+    if ((type) == FP32) call(FP32); else if ((type) == BF16) call(BF16); else call(FP16)
+// clang-format on
 #define FIRST (run * RUN)
 #define LAST(blocks) ((run + 1) * RUN < (blocks) ? (run + 1) * RUN : (blocks))
 
@@ -328,12 +332,7 @@ EXPORT void moesmith_quantize_4bit(const void* w, uint8_t* codes, float* absmax,
                                    int threads) {
     FOR_RUNS(blocks) {
 #define CASE(t) quantize_4bit_blocks(w, codes, absmax, FIRST, LAST(blocks), blocksize, t, midpoints, order)
-        if (type == FP32)
-            CASE(FP32);
-        else if (type == BF16)
-            CASE(BF16);
-        else
-            CASE(FP16);
+        FOR_TYPE(type, CASE);
 #undef CASE
     }
 }
@@ -344,12 +343,7 @@ EXPORT void moesmith_quantize_8bit(const void* w, uint8_t* codes, float* absmax,
                                    const uint16_t* threshold, int threads) {
     FOR_RUNS(blocks) {
 #define CASE(t) quantize_8bit_blocks(w, codes, absmax, FIRST, LAST(blocks), blocksize, t, table, threshold)
-        if (type == FP32)
-            CASE(FP32);
-        else if (type == BF16)
-            CASE(BF16);
-        else
-            CASE(FP16);
+        FOR_TYPE(type, CASE);
 #undef CASE
     }
 }
@@ -357,23 +351,15 @@ EXPORT void moesmith_quantize_8bit(const void* w, uint8_t* codes, float* absmax,
 EXPORT void moesmith_dequantize(const uint8_t* codes, const float* absmax, void* out, int64_t blocks,
                                 int64_t blocksize, int bits, int type, const float* codebook, int threads) {
     FOR_RUNS(blocks) {
-#define CASE(b, t) dequantize_blocks(codes, absmax, out, FIRST, LAST(blocks), blocksize, b, t, codebook)
+#define CASE4(t) dequantize_blocks(codes, absmax, out, FIRST, LAST(blocks), blocksize, 4, t, codebook)
+#define CASE8(t) dequantize_blocks(codes, absmax, out, FIRST, LAST(blocks), blocksize, 8, t, codebook)
         if (bits == 4) {
-            if (type == FP32)
-                CASE(4, FP32);
-            else if (type == BF16)
-                CASE(4, BF16);
-            else
-                CASE(4, FP16);
+            FOR_TYPE(type, CASE4);
         } else {
-            if (type == FP32)
-                CASE(8, FP32);
-            else if (type == BF16)
-                CASE(8, BF16);
-            else
-                CASE(8, FP16);
+            FOR_TYPE(type, CASE8);
         }
-#undef CASE
+#undef CASE4
+#undef CASE8
     }
 }
 

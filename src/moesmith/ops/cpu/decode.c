@@ -49,8 +49,8 @@ INLINE void few_rows(const Stack* s, int64_t e, int64_t n0, int64_t n1, const __
             for (int j = 0; j < 4; j++) {
                 __m512i even, odd;
                 if (fast) {
-                    __builtin_prefetch(row[j].codes + g * 32 +
-                                       2 * s->columns);  // four rows on: the next pass
+                    // four rows on: the next pass
+                    __builtin_prefetch(row[j].codes + g * 32 + 2 * s->columns);
                     lookup_4bit(row[j].codes + g * 32, codebook, row[j].absmax[g >> shift], &even, &odd);
                 } else {
                     Group w = unpack_group(s, row[j], g * 64, kind, 0, codebook);
@@ -77,17 +77,15 @@ static __attribute__((noinline)) void few_task(const Job* job, int64_t e, int64_
     const Stack* s = job->stack;
     float* buffer = scratch((size_t)s->row_blocks * 16);
 #define ROWS(m, kind, f) few_rows(s, e, n0, n1, x, m, sums, buffer, kind, f)
-#define CALL(kind, f)         \
-    do {                      \
-        if (m == 1)           \
-            ROWS(1, kind, f); \
-        else if (m == 2)      \
-            ROWS(2, kind, f); \
-        else if (m == 3)      \
-            ROWS(3, kind, f); \
-        else                  \
-            ROWS(4, kind, f); \
+    // clang-format off
+#define CALL(kind, f)                                            \
+    do {                                                         \
+        if (m == 1) ROWS(1, kind, f);                            \
+        else if (m == 2) ROWS(2, kind, f);                       \
+        else if (m == 3) ROWS(3, kind, f);                       \
+        else ROWS(4, kind, f);                                   \
     } while (0)
+    // clang-format on
     FOR_KIND(s, job->fast, CALL);
 #undef CALL
 #undef ROWS
@@ -113,10 +111,10 @@ static __attribute__((noinline)) void few_task(const Job* job, int64_t e, int64_
 // As moesmith_project over columns, for a small R: one pass over the packed bytes per FEW rows, no panels.
 EXPORT void moesmith_project_few(const Stack* s, const uint16_t* x, uint16_t* y, const int64_t* offsets,
                                  const uint16_t* x2, const uint16_t* mats, int64_t rank, int threads) {
-    Job job = {s,       x,          x2,      mats, y,
-               offsets, s->columns, s->rows, rank, s->kind == FOUR_BIT && s->block_shift >= 6};
-    int64_t rows = offsets[s->experts], groups = (s->columns + 63) / 64,
-            blocks = (s->rows + FEW_BLOCK - 1) / FEW_BLOCK;
+    Job job = {.stack = s, .x = x, .x2 = x2, .mats = mats, .y = y, .rank = rank, .fast = is_fast(s)};
+    job.in = s->columns, job.out = s->rows;
+    int64_t rows = offsets[s->experts], groups = (s->columns + 63) / 64;
+    int64_t blocks = (s->rows + FEW_BLOCK - 1) / FEW_BLOCK;
     __m512i* split = aligned_alloc(64, (size_t)(rows * groups * 2 + 1) * 64);
     int64_t *starts = malloc((size_t)(rows + 1) * 2 * sizeof *starts), batches = 0;
     for (int64_t r = 0; r < rows; r++) split_row(x + r * s->columns, s->columns, split + r * groups * 2);
@@ -125,8 +123,8 @@ EXPORT void moesmith_project_few(const Stack* s, const uint16_t* x, uint16_t* y,
             starts[batches * 2] = e, starts[batches++ * 2 + 1] = r;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (batches * blocks > 1)
     for (int64_t task = 0; task < batches * blocks; task++) {
-        int64_t e = starts[task / blocks * 2], r0 = starts[task / blocks * 2 + 1],
-                n0 = task % blocks * FEW_BLOCK;
+        int64_t e = starts[task / blocks * 2], r0 = starts[task / blocks * 2 + 1];
+        int64_t n0 = task % blocks * FEW_BLOCK;
         int64_t n1 = n0 + FEW_BLOCK < s->rows ? n0 + FEW_BLOCK : s->rows, m = offsets[e + 1] - r0;
         few_task(&job, e, r0, m < FEW ? (int)m : FEW, n0, n1, split + r0 * groups * 2);
     }

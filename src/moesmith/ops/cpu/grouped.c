@@ -187,26 +187,14 @@ INLINE void rows_tile(int m, const uint16_t* g, int64_t ldg, const __m512i* pane
 }
 
 // One specialised copy per number of rows, so that the sums stay in registers.
-#define FOR_TILE(m, call) \
-    switch (m) {          \
-        case 1:           \
-            call(1);      \
-            break;        \
-        case 2:           \
-            call(2);      \
-            break;        \
-        case 3:           \
-            call(3);      \
-            break;        \
-        case 4:           \
-            call(4);      \
-            break;        \
-        case 5:           \
-            call(5);      \
-            break;        \
-        default:          \
-            call(6);      \
+// clang-format off
+#define FOR_TILE(m, call)                                                       \
+    switch (m) {                                                                \
+        case 1: call(1); break; case 2: call(2); break; case 3: call(3); break; \
+        case 4: call(4); break; case 5: call(5); break; default: call(6);       \
     }
+// clang-format on
+
 static __attribute__((noinline)) void columns_pack(const Stack* s, int64_t e, int64_t n0, __m512i* panel,
                                                    float* buffer, int fast) {
 #define CALL(kind, f) pack_columns(s, e, n0, panel, buffer, kind, f)
@@ -255,8 +243,8 @@ static void rows_task(const Job* job, int64_t e, int64_t r0, int64_t r1, int64_t
     int groups = (int)((k1 - k0 + 63) / 64);
     int64_t panel_vectors = REDUCE_BLOCK / 2 * 4, rank = job->rank;
     int64_t sum_vectors = (r1 - r0) * 4;
-    __m512i* panel =
-        scratch((size_t)(groups * (panel_vectors + sum_vectors + rank * 2)) * 64 + (size_t)s->row_blocks * 8);
+    size_t vectors = groups * (panel_vectors + sum_vectors + rank * 2);
+    __m512i* panel = scratch(vectors * 64 + (size_t)s->row_blocks * 8);
     __m512* sums = (__m512*)(panel + groups * panel_vectors);
     __m512i* panel2 = (__m512i*)(sums + groups * sum_vectors);
     float* buffer = (float*)(panel2 + groups * rank * 2);
@@ -291,16 +279,8 @@ static void rows_task(const Job* job, int64_t e, int64_t r0, int64_t r1, int64_t
 EXPORT void moesmith_project(const Stack* s, const uint16_t* x, uint16_t* y, const int64_t* offsets,
                              int over_columns, const uint16_t* x2, const uint16_t* mats, int64_t rank,
                              int threads) {
-    Job job = {s,
-               x,
-               x2,
-               mats,
-               y,
-               offsets,
-               over_columns ? s->columns : s->rows,
-               over_columns ? s->rows : s->columns,
-               rank,
-               s->kind == FOUR_BIT && s->block_shift >= 6};
+    Job job = {.stack = s, .x = x, .x2 = x2, .mats = mats, .y = y, .rank = rank, .fast = is_fast(s)};
+    job.in = over_columns ? s->columns : s->rows, job.out = over_columns ? s->rows : s->columns;
     // over columns: as many matrix rows as fit beside the rows of x in a typical 1 MB second-level cache
     int64_t width = 128;
     if (over_columns) {
@@ -324,8 +304,8 @@ EXPORT void moesmith_project(const Stack* s, const uint16_t* x, uint16_t* y, con
                 high = middle;
         }
         int64_t block = (task - first[low]) / panels, panel = (task - first[low]) % panels;
-        int64_t r0 = offsets[low] + block * ROW_BLOCK, r1 = r0 + ROW_BLOCK, c0 = panel * width,
-                c1 = c0 + width;
+        int64_t r0 = offsets[low] + block * ROW_BLOCK, r1 = r0 + ROW_BLOCK;
+        int64_t c0 = panel * width, c1 = c0 + width;
         if (r1 > offsets[low + 1]) r1 = offsets[low + 1];
         if (c1 > job.out) c1 = job.out;
         if (over_columns)

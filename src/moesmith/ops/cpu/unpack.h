@@ -17,22 +17,22 @@ typedef struct {
     const Stack* stack;
     const uint16_t *x, *x2, *mats;
     uint16_t* y;
-    const int64_t* offsets;
     int64_t in, out, rank;
     int fast;
 } Job;
 
-#define FOR_KIND(s, fast, call)      \
-    if (fast)                        \
-        call(FOUR_BIT, 1);           \
-    else if ((s)->kind == FOUR_BIT)  \
-        call(FOUR_BIT, 0);           \
-    else if ((s)->kind == EIGHT_BIT) \
-        call(EIGHT_BIT, 0);          \
-    else if ((s)->kind == RAW_BF16)  \
-        call(RAW_BF16, 0);           \
-    else                             \
-        call(RAW_FP16, 0)
+// Four bits in blocks of 64 columns or more: one absmax per group, see lookup_4bit.
+INLINE int is_fast(const Stack* s) { return s->kind == FOUR_BIT && s->block_shift >= 6; }
+
+// One specialised copy per kind of storage.
+// clang-format off
+#define FOR_KIND(s, fast, call)                            \
+    if (fast) call(FOUR_BIT, 1);                           \
+    else if ((s)->kind == FOUR_BIT) call(FOUR_BIT, 0);     \
+    else if ((s)->kind == EIGHT_BIT) call(EIGHT_BIT, 0);   \
+    else if ((s)->kind == RAW_BF16) call(RAW_BF16, 0);     \
+    else call(RAW_FP16, 0)
+// clang-format on
 
 // Memory of this thread, kept between calls.
 static _Thread_local struct {
@@ -49,9 +49,10 @@ static void* scratch(size_t bytes) {
     return scratch_slot.memory;
 }
 
+// 64 columns of a row in bf16; lo: chunks 0 2 4 6, hi: chunks 1 3 5 7.
 typedef struct {
     __m512i lo, hi;
-} Group;  // bf16, lo: chunks 0 2 4 6, hi: chunks 1 3 5 7
+} Group;
 
 INLINE __m512i pack_bf16(__m512 first, __m512 second) { return (__m512i)_mm512_cvtne2ps_pbh(second, first); }
 

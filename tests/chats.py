@@ -18,7 +18,9 @@ CHATML = (
 SPECIAL = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 
 
-def tokenizer(template: str | None = CHATML, special: Iterable[str] = (), merges: Iterable[tuple[str, str]] = ()) -> Any:
+def tokenizer(
+    template: str | None = CHATML, special: Iterable[str] = (), merges: Iterable[tuple[str, str]] = ()
+) -> Any:
     """One token per printable ASCII character, the special tokens first: below 128 with the default ones."""
     extra = list(special)
     characters = ["\n", *map(chr, range(32, 127))]
@@ -53,5 +55,7 @@ def sums(n: int) -> list[dict[str, Any]]:
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     """Rows as JSONL; a string is written as it is."""
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
     return path

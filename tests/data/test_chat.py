@@ -1,15 +1,22 @@
 """Which part of a rendered conversation is learned, on published chat templates and on odd rows."""
 
 import pytest
-from chats import chat, tokenizer, trl_template
 
-from moesmith.data.chat import RowError, UnmarkableTurn, cannot_mark, conversation, marked_text
+from chats import chat, tokenizer, trl_template
+from moesmith.data.chat import UnmarkableTurn, cannot_mark, marked_text
+from moesmith.data.columns import RowError, conversation
 
 MULTI = chat("1+1?", "Two.", "2+2?", "Four.")
-TOOLS = [{"type": "function", "function": {"name": "gpu", "description": "d", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "gpu", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
+]
+CALLED = [{"type": "function", "function": {"name": "gpu", "arguments": '{"id": 1}'}}]
 CALL = [
     {"role": "user", "content": "gpu?"},
-    {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "gpu", "arguments": '{"id": 1}'}}]},
+    {"role": "assistant", "content": None, "tool_calls": CALLED},
     {"role": "tool", "name": "gpu", "content": "ok"},
     {"role": "assistant", "content": "It is fine."},
 ]  # fmt: skip
@@ -60,7 +67,10 @@ def test_a_forced_thinking_prompt_cannot_mark_a_plain_answer():
 
 
 def test_what_to_do_when_a_template_cannot_mark():
-    for train_on, first in (("all_assistant", "data.train_on=last_assistant"), ("last_assistant", "data.template_kwargs")):
+    for train_on, first in (
+        ("all_assistant", "data.train_on=last_assistant"),
+        ("last_assistant", "data.template_kwargs"),
+    ):
         error = cannot_mark(UnmarkableTurn("it differs"), 7, train_on)
         assert "row 7" in error.message
         assert first in error.hint.splitlines()[1]
@@ -105,81 +115,6 @@ def test_a_template_that_leaves_out_the_tool_call_is_no_lesson():
 def test_a_template_that_leaves_out_the_answer_is_no_lesson():
     with pytest.raises(RowError, match="leaves out the answer"):
         learned(trl_template("smolvlm"), chat("a", "Four."))
-
-
-def test_tools_may_be_json_text():
-    import json
-
-    assert conversation({"messages": CALL, "tools": json.dumps(TOOLS)}).tools == TOOLS
-
-
-# --- columns
-
-
-def test_columns_become_the_same_conversation():
-    expected = chat("Add 1 and 2.", "3")
-    for row in (
-        {"messages": expected},
-        {"conversations": [{"from": "human", "value": "Add 1 and 2."}, {"from": "gpt", "value": "3"}]},
-        {"prompt": "Add 1 and 2.", "completion": "3"},
-        {"question": "Add 1 and 2.", "answer": "3"},
-        {"instruction": "Add 1 and 2.", "output": "3"},
-        {"instruction": "Add 1 and 2.", "input": "", "output": "3"},
-        {"prompt": expected[:1], "completion": expected[1:]},
-    ):
-        talk = conversation(row)
-        assert talk.messages == expected, row
-        assert talk.learn == [1]
-
-
-def test_instruction_input_is_added_under_the_instruction():
-    talk = conversation({"instruction": "Translate.", "input": "labas", "output": "hello"})
-    assert talk.messages[0]["content"] == "Translate.\n\nlabas"
-
-
-def test_a_completion_is_learned_whole():
-    row = {"prompt": chat("a"), "completion": chat("", "b", "c", "d")[1:]}
-    assert conversation(row, train_on="last_assistant").learn == [1, 3]
-
-
-def test_null_keys_of_a_table_are_absent_keys():
-    message = {"role": "assistant", "content": "b", "tool_calls": None, "name": None}
-    talk = conversation({"messages": [*chat("a"), message]})
-    assert talk.messages[1] == {"role": "assistant", "content": "b"}
-
-
-def test_openai_weight_leaves_a_turn_out():
-    messages = chat("a", "b", "c", "d")
-    messages[1]["weight"] = 0
-    assert conversation({"messages": messages}, train_on="all_assistant").learn == [3]
-
-
-def test_a_greeting_before_the_first_user_turn_is_context():
-    messages = [{"role": "assistant", "content": "Hi."}, *chat("a", "b")]
-    assert conversation({"messages": messages}, train_on="all_assistant").learn == [2]
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"messages": chat("a")}, "no assistant turn"),
-        ({"messages": chat("a", "")}, "nothing to learn"),
-        ({"messages": chat("a", "  ")}, "nothing to learn"),
-        ({"messages": [{"role": "narrator", "content": "a"}]}, "bad roles"),
-        ({"messages": ["a"]}, "bad roles"),
-        ({"messages": "not json"}, "not JSON"),
-        ({"messages": [{"role": "user", "content": None}, *chat("", "b")[1:]]}, "empty"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "not text"),
-        ({"prompt": "", "completion": "b"}, "empty"),
-        ({"prompt": "a", "completion": ""}, "nothing to learn"),
-        ({"prompt": "a", "completion": 3}, "not text"),
-        ({"title": "a", "body": "b"}, "columns missing"),
-    ],
-)
-def test_rows_without_a_lesson_say_why(row, reason):
-    with pytest.raises(RowError) as error:
-        conversation(row)
-    assert error.value.reason == reason
 
 
 def test_a_template_that_refuses_the_row_is_a_reason_not_a_crash():

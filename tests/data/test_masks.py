@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from chats import chat, tokenizer
 from tokenizers import normalizers, pre_tokenizers
 
-from moesmith.data.chat import RowError, conversation, render
+from chats import chat, tokenizer
+from moesmith.data.chat import render
+from moesmith.data.columns import RowError, conversation
 from moesmith.data.masks import IGNORED, Example, fit, split_tokens, tokenize
 
 
@@ -13,10 +14,15 @@ def learned_text(tok, example):
     return tok.decode([t for t in example.labels.tolist() if t != IGNORED])
 
 
-@pytest.mark.parametrize(("train_on", "text"), [("last_assistant", "Four.<|im_end|>"), ("all_assistant", "Two.<|im_end|>Four.<|im_end|>")])
+@pytest.mark.parametrize(
+    ("train_on", "text"),
+    [("last_assistant", "Four.<|im_end|>"), ("all_assistant", "Two.<|im_end|>Four.<|im_end|>")],
+)
 def test_only_the_chosen_turns_are_learned_each_with_its_end(train_on, text):
     tok = tokenizer()
-    example = tokenize(tok, conversation({"messages": chat("1+1?", "Two.", "2+2?", "Four.")}, train_on=train_on))
+    example = tokenize(
+        tok, conversation({"messages": chat("1+1?", "Two.", "2+2?", "Four.")}, train_on=train_on)
+    )
     assert learned_text(tok, example) == text
     kept = example.labels != IGNORED
     assert (example.labels[kept] == example.input_ids[kept]).all()

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from moesmith.data.masks import IGNORED, Example
 from moesmith.data.packing import check_isolation, concatenate, pack
 from moesmith.errors import UserError
@@ -52,15 +52,17 @@ def test_packed_logits_equal_separate_logits(family, attention):
         together = model(**inputs, use_cache=False).logits[0]
         start = 0
         for example in examples:
-            alone = model(input_ids=torch.as_tensor(example.input_ids)[None].long(), use_cache=False).logits[0]
+            alone = model(input_ids=torch.as_tensor(example.input_ids)[None].long(), use_cache=False).logits[
+                0
+            ]
             torch.testing.assert_close(together[start : start + len(example)], alone, rtol=2e-4, atol=2e-5)
             start += len(example)
     check_isolation(model, examples, 64)
     check_isolation(model.to(torch.bfloat16), examples, 64)
 
 
-# gpt-oss builds its masks without position_ids, Mamba and linear attention carry a state along the sequence, and a
-# sparse indexer chooses among the tokens of all rows.
+# gpt-oss builds its masks without position_ids, Mamba and linear attention carry a state along the sequence,
+# and a sparse indexer chooses among the tokens of all rows.
 @pytest.mark.parametrize("family", ["gpt_oss", "jamba", "qwen3_next", "mistral_large4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_would_mix_packed_rows_is_refused(family, dtype):

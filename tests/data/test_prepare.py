@@ -1,8 +1,8 @@
 """Counts add up, nothing held out is trained on, and no row kept is an error that says why."""
 
 import pytest
-from chats import chat, sums, tokenizer, trl_template, write_jsonl
 
+from chats import chat, sums, tokenizer, trl_template, write_jsonl
 from moesmith.data.prepare import DataConfig, describe, fingerprint, hold_out, prepare
 from moesmith.errors import UserError
 
@@ -70,7 +70,10 @@ def test_held_out_file_loses_the_rows_that_are_trained_on(tmp_path):
     assert len(prepared.train) == 10
     assert len(prepared.held_out) == 1
     assert dict(prepared.eval_counts.dropped) == {"also trained on": 3}
-    assert list(describe(prepared, "last_assistant"))[-1] == "held out: 4 rows → 1 kept · dropped: 3 also trained on"
+    assert (
+        list(describe(prepared, "last_assistant"))[-1]
+        == "held out: 4 rows → 1 kept · dropped: 3 also trained on"
+    )
     with pytest.raises(UserError, match="every held-out row"):
         load(tmp_path, sums(10), eval_path=str(write_jsonl(tmp_path / "eval.jsonl", sums(3))))
 
@@ -91,7 +94,9 @@ def test_no_row_kept_says_what_is_there(tmp_path):
 
 def test_what_is_learned_is_named(tmp_path):
     def line(rows, train_on="last_assistant", **options):
-        return list(describe(load(tmp_path, rows, eval_fraction=0, train_on=train_on, **options), train_on))[1]
+        return list(describe(load(tmp_path, rows, eval_fraction=0, train_on=train_on, **options), train_on))[
+            1
+        ]
 
     assert "(all assistant turns)" in line(sums(3), "all_assistant")
     assert "(completions)" in line([{"prompt": f"{i}", "completion": "b"} for i in range(3)])
@@ -108,7 +113,10 @@ def test_a_template_that_cannot_mark_is_an_error_that_says_what_to_do(tmp_path):
 
 def test_chat_template_from_a_file_and_none_at_all(tmp_path):
     template = tmp_path / "t.jinja"
-    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     tok = tokenizer(None)
     prepared = load(tmp_path, sums(3), tok=tok, chat_template=str(template), eval_fraction=0)
     assert tok.decode(prepared.train[0].input_ids.tolist()) == "user: 0+1?</s>assistant: 1.</s>"

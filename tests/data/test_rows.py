@@ -6,8 +6,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from chats import sums, write_jsonl
 
+from chats import sums, write_jsonl
 from moesmith.data.rows import read_rows
 from moesmith.errors import UserError
 
@@ -31,13 +31,18 @@ def test_all_sources_give_the_same_rows(tmp_path):
     write_jsonl(folder / "train-0.jsonl", ROWS[:3])
     write_jsonl(folder / "train-1.jsonl", ROWS[3:])
     write_jsonl(folder / "test.jsonl", ROWS[:1])
-    for path in (jsonl, *(tmp_path / name for name in ("b.json", "c.json", "d.json", "e.parquet", "f", "g", "h"))):
+    for path in (
+        jsonl,
+        *(tmp_path / name for name in ("b.json", "c.json", "d.json", "e.parquet", "f", "g", "h")),
+    ):
         assert values(path) == ROWS, path
     assert values(folder, split="test") == ROWS[:1]
 
 
 def test_lines_that_are_not_rows_keep_their_line_numbers(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0], "", "{broken", "[1]", "{}", '{"messages": []}', ROWS[1]])
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [ROWS[0], "", "{broken", "[1]", "{}", '{"messages": []}', ROWS[1]]
+    )
     found = [(row.number, row.problem) for row in read_rows(str(path))]
     assert found == [(1, None), (3, "not JSON"), (4, "not an object"), (5, "empty"), (6, "empty"), (7, None)]
 

@@ -1,4 +1,4 @@
-"""`moesmith sft` as a person uses it: a YAML file, flags, what the terminal says, and a process that is killed."""
+"""`moesmith sft` as a person uses it: a YAML file, flags, what the terminal says, a killed process."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from chats import CHATML, chat, sums, tokenizer, write_jsonl
 
+from chats import CHATML, chat, sums, tokenizer, write_jsonl
 from moesmith import cli
 from moesmith.jobs import sft
 
@@ -37,7 +37,9 @@ def job(model, tmp_path):
         "model": str(model), "out": str(tmp_path / "out"),
         "lora": {"r": 2, "targets": ["attention", "experts"]},
         "data": {"path": str(tmp_path / "rows.jsonl"), "eval_fraction": 0.1},
-        "train": {"max_steps": 4, "batch_size": 2, "grad_accum": 1, "lr": 1e-2, "eval_steps": 2, "save_steps": 2},
+        "train": {
+            "max_steps": 4, "batch_size": 2, "grad_accum": 1, "lr": 1e-2, "eval_steps": 2, "save_steps": 2,
+        },
     }  # fmt: skip
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -65,7 +67,9 @@ def test_dry_run_counts_everything_and_writes_nothing(job, capsys):
     assert status == 0
     lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line[0] != " ")
     assert lines["model"] == "72 expert matrices packed to nf4 · 0 left in 16 bits that were asked for"
-    assert lines["train"].startswith("experts ") and "attention " in lines["train"] and "r=2" in lines["train"]
+    assert (
+        lines["train"].startswith("experts ") and "attention " in lines["train"] and "r=2" in lines["train"]
+    )
     assert "4 steps of 2 × 1 rows" in out
     assert "experts " in lines["plan"] and "activations " in lines["plan"]
     assert "nothing was trained" in out
@@ -102,7 +106,10 @@ def test_json_has_the_same_facts(job, capsys):
     status, out, _ = command(capsys, job, "--json", "--train.max-steps", "1")
     facts = json.loads(out)
     assert status == 0
-    assert facts["data"]["rows"]["kept"] == 24 and facts["data"]["rows"]["dropped"] == {"not JSON": 1, "no assistant turn": 1}
+    assert facts["data"]["rows"]["kept"] == 24 and facts["data"]["rows"]["dropped"] == {
+        "not JSON": 1,
+        "no assistant turn": 1,
+    }
     assert facts["plan"]["steps"] == 1
     assert facts["result"]["best_eval_loss"] == facts["result"]["last_eval_loss"]
 
@@ -112,7 +119,9 @@ def test_a_packed_checkpoint_is_taken_as_it_is(model, job, tmp_path, capsys):
     capsys.readouterr()
     status, out, _ = command(capsys, job, "--model", tmp_path / "packed", "--dry-run")
     assert status == 0 and "packed to int8" in out
-    status, _, err = command(capsys, job, "--model", tmp_path / "packed", "--quant.scheme", "nf4", "--dry-run")
+    status, _, err = command(
+        capsys, job, "--model", tmp_path / "packed", "--quant.scheme", "nf4", "--dry-run"
+    )
     assert status == 2 and "quant.scheme=nf4" in err and "packed with scheme=int8" in err
 
 
@@ -156,7 +165,11 @@ def test_the_full_example_mentions_every_key():
 
     text = (EXAMPLES / "sft.yaml").read_text()
     flags = ("resume", "overwrite", "preview", "dry_run")
-    missing = [k.name for k in config.keys(sft.Config) if k.name not in flags and f"{k.name.split('.')[-1]}:" not in text]
+    missing = [
+        k.name
+        for k in config.keys(sft.Config)
+        if k.name not in flags and f"{k.name.split('.')[-1]}:" not in text
+    ]
     assert not missing
 
 

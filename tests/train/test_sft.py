@@ -1,4 +1,4 @@
-"""A whole run on a tiny model: what it leaves, that it can be stopped anywhere, and what it refuses to learn from."""
+"""A whole run on a tiny model: what it leaves, that it can be stopped anywhere, what it refuses."""
 
 import json
 import math
@@ -7,12 +7,12 @@ import signal
 
 import pytest
 import torch
-from chats import chat, sums, tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import tiny
+from chats import chat, sums, tokenizer
 from moesmith.data.masks import Example
 from moesmith.data.prepare import DataConfig, to_examples
 from moesmith.data.rows import Row
@@ -118,7 +118,9 @@ def test_the_saved_adapter_gives_the_loss_that_was_logged(tmp_path):
         labels = torch.as_tensor(example.labels, dtype=torch.long)
         with torch.no_grad():
             logits = again(input_ids=ids, use_cache=False).logits[0, :-1]
-        total += torch.nn.functional.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(
+            logits, labels[1:], ignore_index=-100, reduction="sum"
+        ).item()
         tokens += example.learned
     assert total / tokens == pytest.approx(result.last_eval_loss, rel=1e-5)
 
@@ -180,7 +182,8 @@ def test_every_learned_token_weighs_the_same_however_rows_are_batched(tmp_path):
     reference, weights = one_step(tmp_path / "a", uneven(), batch_size=8, grad_accum=1)
     for i, options in enumerate(
         ({"batch_size": 1, "grad_accum": 8}, {"batch_size": 2, "grad_accum": 4},
-         {"batch_size": 1, "grad_accum": 8, "pack_to": 120}, {"batch_size": 8, "grad_accum": 1, "pack_to": 120},
+         {"batch_size": 1, "grad_accum": 8, "pack_to": 120},
+         {"batch_size": 8, "grad_accum": 1, "pack_to": 120},
          {"batch_size": 2, "grad_accum": 4, "gradient_checkpointing": True}),
     ):  # fmt: skip
         logged, other = one_step(tmp_path / str(i), uneven(), **options)
@@ -192,13 +195,19 @@ def test_every_learned_token_weighs_the_same_however_rows_are_batched(tmp_path):
 
 def test_the_fused_loss_is_checked_against_the_models_own_logits(tmp_path, monkeypatch):
     summed = Trainer._summed_loss
-    monkeypatch.setattr(Trainer, "_summed_loss", lambda self, *args: (summed(self, *args)[0] * 1.5, summed(self, *args)[1]))
+    monkeypatch.setattr(
+        Trainer, "_summed_loss", lambda self, *args: (summed(self, *args)[0] * 1.5, summed(self, *args)[1])
+    )
     with pytest.raises(UserError, match="the chunked loss is"):
         run(tmp_path / "out")
 
 
 def test_cosine_ends_at_its_floor_after_the_warm_up(tmp_path):
-    run(tmp_path / "out", held_out=[], cfg=settings(tmp_path / "out", max_steps=10, warmup=2, lr=1e-3, min_lr_ratio=0.2))
+    run(
+        tmp_path / "out",
+        held_out=[],
+        cfg=settings(tmp_path / "out", max_steps=10, warmup=2, lr=1e-3, min_lr_ratio=0.2),
+    )
     rates = [entry["learning_rate"] for entry in log(tmp_path / "out")]
     assert rates[:2] == [5e-4, 1e-3]
     assert rates[-1] == pytest.approx(2e-4)
@@ -227,15 +236,23 @@ def test_a_stopped_run_continues_to_the_same_losses(tmp_path, monkeypatch, packe
     for step in stops:
         with monkeypatch.context() as patch:
             at(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
-            part = run(tmp_path / "parts", train=examples(14), cfg=cfg, resume=step != stops[0], pack_to=pack_to)
+            part = run(
+                tmp_path / "parts", train=examples(14), cfg=cfg, resume=step != stops[0], pack_to=pack_to
+            )
         assert part.stopped == "interrupted" and not part.finished and part.steps == step
         assert not (tmp_path / "parts" / "result.json").exists()
     parts = run(tmp_path / "parts", train=examples(14), cfg=cfg, resume=True, pack_to=pack_to)
     assert parts.finished and parts.steps == whole.steps
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    assert (parts.tokens, parts.best_step, parts.best_eval_loss) == (whole.tokens, whole.best_step, whole.best_eval_loss)
+    assert (parts.tokens, parts.best_step, parts.best_eval_loss) == (
+        whole.tokens,
+        whole.best_step,
+        whole.best_eval_loss,
+    )
     for name in ("best", "last"):
-        a, b = (load_file(tmp_path / run_ / name / "adapter_model.safetensors") for run_ in ("whole", "parts"))
+        a, b = (
+            load_file(tmp_path / run_ / name / "adapter_model.safetensors") for run_ in ("whole", "parts")
+        )
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
@@ -385,7 +402,14 @@ def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch):
 def test_a_finite_step_starts_the_count_again(tmp_path, monkeypatch):
     poison(monkeypatch, [2, 9, 21], "loss")
     out = tmp_path / "out"
-    options = {"epochs": 1, "max_steps": None, "batch_size": 1, "grad_accum": 1, "eval_steps": 50, "save_steps": 50}
+    options = {
+        "epochs": 1,
+        "max_steps": None,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "eval_steps": 50,
+        "save_steps": 50,
+    }
     result = run(out, cfg=settings(out, max_nonfinite=3, **options))
     assert result.finished and result.skipped == 3
 
@@ -444,7 +468,9 @@ def test_placements_that_are_not_there_and_dropout_that_cannot_be(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
-@pytest.mark.parametrize("targets", [["attention"], ["router"], ["experts"], ["router", "experts", "attention"]])
+@pytest.mark.parametrize(
+    "targets", [["attention"], ["router"], ["experts"], ["router", "experts", "attention"]]
+)
 def test_any_mix_of_placements_trains_and_is_counted(tmp_path, targets):
     cfg = settings(tmp_path / "out", lora=LoraSettings(r=2, targets=targets), max_steps=2)
     session = journey.Session(model(), TOKENIZER, examples(8), examples(2, start=40), cfg, quiet=True)

@@ -138,7 +138,7 @@ def ffn_weights(ffn: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor]:
 
     Raises UserError if the module is something else.
     """
-    weights = []
+    weights: list[Tensor] = []
     for part in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(ffn, part, None)
         if not isinstance(linear, nn.Linear) or linear.bias is not None:
@@ -202,7 +202,7 @@ def refold(model: PreTrainedModel, top_k: int) -> None:
 def random_routers(model: PreTrainedModel, seed: int = 0) -> Iterator[None]:
     """Inside, every router has random rows of the same spread: the control that shows what a fit is worth."""
     generator = torch.Generator().manual_seed(seed)
-    weights = [submodule(model, layer.router).weight for layer in moe_layers(model)]
+    weights: list[Tensor] = [submodule(model, layer.router).weight for layer in moe_layers(model)]
     before = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
         for weight in weights:

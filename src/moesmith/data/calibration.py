@@ -22,8 +22,8 @@ KINDS = ("prose", "reference", "code", "tasks")
 STORY, STORY_START, STORY_END = "in_the_year_2889.txt", "Little though they seem", "*** END OF"
 MODULES = ("statistics", "textwrap", "fractions", "heapq"), ("calendar", "shlex", "csv", "bisect")
 EXERCISES = (
-    "basic_arithmetic", "gcd", "leg_counting", "letter_counting", "number_filtering", "simple_equations",
-    "spell_backward", "time_intervals", "word_sorting",
+    "gcd", "lcm", "leg_counting", "letter_counting", "number_filtering", "simple_equations", "spell_backward",
+    "time_intervals", "word_sorting",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """From a conversation to token ids and labels: which tokens are learned, and what a cut leaves of them.
 
-Labels are the token id where it is learned and -100 elsewhere. The first token of a row is never learned: nothing
-predicts it.
+Labels are the token id where it is learned and -100 elsewhere. The first token of a row is never learned:
+nothing predicts it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .chat import Conversation, RowError, marked_text
+from .chat import marked_text
+from .columns import Conversation, RowError
 
 IGNORED = -100  # the label torch's cross entropy leaves out
 
@@ -93,7 +94,8 @@ def split_tokens(
 ) -> tuple[np.ndarray, list[int]]:
     """Tokens of a text, and the token index at each of the given characters (ascending).
 
-    The tokens before a cut are the tokens of the text before it: what a model is given when it starts to answer there.
+    The tokens before a cut are the tokens of the text before it: what a model is given when it starts to
+    answer there.
 
     Returns:
         ids (T,) int32, token positions, one per cut.
@@ -107,12 +109,13 @@ def split_tokens(
     positions = [int(p) for p in np.cumsum([len(part) for part in parts])[:-1]]
     whole = _ids(tokenizer, text)
     if apart != whole:
-        # Tokenizers that put a blank before every text disagree though the tokens before each cut are a prefix.
+        # Tokenizers that put a blank before every text disagree though the tokens before each cut are a
+        # prefix.
         heads = [_ids(tokenizer, text[:cut]) for cut in cuts]
         if all(whole[: len(head)] == head for head in heads):
             return np.asarray(whole, dtype=np.int32), [len(head) for head in heads]
-        # The end of the prompt and the start of the answer merge into one token ("\n" + "\n"). In use the prompt is
-        # tokenized alone, so the parts' own tokens are the right ones if they still spell the text.
+        # The end of the prompt and the start of the answer merge into one token ("\n" + "\n"). In use the
+        # prompt is tokenized alone, so the parts' own tokens are the right ones if they still spell the text.
         if tokenizer.decode(apart) != tokenizer.decode(whole):
             raise RowError("template failed", "the first token of the answer swallows the end of the prompt")
     return np.asarray(apart, dtype=np.int32), positions

@@ -1,8 +1,8 @@
 """Several rows in one sequence, and the proof that they do not see each other there.
 
-Rows stand one after another with positions that start again at 0; transformers builds a block-diagonal attention mask
-from them. Layers that carry a state along the sequence (Mamba, linear attention, short convolutions) would leak it
-from row to row, so a model is probed before its rows are packed.
+Rows stand one after another with positions that start again at 0; transformers builds a block-diagonal
+attention mask from them. Layers that carry a state along the sequence (Mamba, linear attention, short
+convolutions) would leak it from row to row, so a model is probed before its rows are packed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moesmith.errors import UserError
 
 from .masks import IGNORED, Example
 
-# Share of what two rows do to each other when nothing separates them. Measured on 57 tiny families in bf16: models that
-# keep rows apart come to 0.0000 and at most 0.0013, the others to 0.08 and 0.023 or more.
+# Share of what two rows do to each other when nothing separates them. Measured on 57 tiny families in bf16:
+# models that keep rows apart come to 0.0000 and at most 0.0013, the others to 0.08 and 0.023 or more.
 TOLERATED_CONTENT = 0.01
 TOLERATED_PLACE = 0.02
 
@@ -27,7 +27,7 @@ PROBED = 256  # tokens of the row that is compared; the row before it is as long
 
 
 def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
-    """Rows grouped into sequences of at most `max_length` tokens: longest first, each where it fits most tightly.
+    """Rows grouped into sequences of at most `max_length` tokens: longest first, where it fits most tightly.
 
     Deterministic; the order of the rows decides between equals.
     """
@@ -46,7 +46,10 @@ def pack(examples: Sequence[Example], max_length: int) -> list[list[Example]]:
 
 
 def concatenate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """One sequence of several rows: input_ids, labels, position_ids, each (1, T). A row's first token is not learned."""
+    """One sequence of several rows: input_ids, labels, position_ids, each (1, T).
+
+    A row's first token is not learned: the token before it belongs to another row.
+    """
     input_ids = torch.cat([torch.as_tensor(e.input_ids, dtype=torch.long) for e in examples])
     labels = torch.cat([torch.as_tensor(e.labels, dtype=torch.long) for e in examples])
     position_ids = torch.cat([torch.arange(len(e)) for e in examples])
@@ -58,8 +61,8 @@ def concatenate(examples: Sequence[Example]) -> dict[str, Tensor]:
 def check_isolation(model: Any, examples: Sequence[Example], max_length: int) -> None:
     """Prove that a packed row is computed as if it were alone.
 
-    The hidden states of a row B are compared in three sequences of the same length, so that rounding is the same too:
-    behind a row A, behind other content in A's place, and in front of A.
+    The hidden states of a row B are compared in three sequences of the same length, so that rounding is the
+    same too: behind a row A, behind other content in A's place, and in front of A.
 
     Args:
         model: a causal language model of transformers, without adapters.
@@ -78,8 +81,12 @@ def check_isolation(model: Any, examples: Sequence[Example], max_length: int) ->
 
     def hidden(rows: tuple[Tensor, Tensor], separate: bool = True) -> tuple[Tensor, Tensor]:
         ids = torch.cat(rows)
-        positions = torch.cat([torch.arange(len(row)) for row in rows]) if separate else torch.arange(len(ids))
-        states = backbone(input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False)
+        positions = (
+            torch.cat([torch.arange(len(row)) for row in rows]) if separate else torch.arange(len(ids))
+        )
+        states = backbone(
+            input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False
+        )
         first, second = states.last_hidden_state[0].float().split([len(rows[0]), len(rows[1])])
         return first, second
 
@@ -93,12 +100,12 @@ def check_isolation(model: Any, examples: Sequence[Example], max_length: int) ->
     content = float((behind - behind_other).abs().mean())
     place = float((behind - before).abs().mean())
     if content > TOLERATED_CONTENT * leak or place > TOLERATED_PLACE * leak:
-        why = "its content" if content > TOLERATED_CONTENT * leak else "that it is there"
+        why = "what stands" if content > TOLERATED_CONTENT * leak else "how much stands"
         share = max(content, place) / leak if leak else float("inf")
         raise UserError(
-            f"{type(model).__name__} cannot be trained on packed rows: a row changes with {why} in front of it "
+            f"{type(model).__name__} cannot be trained on packed rows: a row changes with {why} before it "
             f"({share:.0%} of the change without any separation)",
-            "set data.packing=false (its attention does not see where rows begin, or a layer carries a state along)",
+            "data.packing=false; attention that does not see where rows begin, or a layer with a state, does this",
         )
 
 

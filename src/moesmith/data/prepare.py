@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from moesmith.config import JobConfig, no_such_file
 from moesmith.errors import UserError
 
-from .chat import COLUMNS, Format, RowError, TrainOn, UnmarkableTurn, cannot_mark, conversation
+from .chat import UnmarkableTurn, cannot_mark
+from .columns import COLUMNS, Format, RowError, TrainOn, conversation
 from .masks import Example, fit, tokenize
 from .rows import Row, read_rows
 
@@ -140,7 +141,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, cfg: DataConfig) -> None:
     if tokenizer.chat_template is None and cfg.format != "text" and cfg.apply_template:
         raise UserError(
             "the model has no chat template",
-            "data.chat_template: a Jinja file; or rows with prompt and completion and data.apply_template=false",
+            "data.chat_template: a Jinja file; or prompt and completion rows with data.apply_template=false",
         )
 
 
@@ -202,7 +203,9 @@ def _nothing_kept(counts: Counts, source: str, columns: list[str]) -> UserError:
             hint += "\ndata.format=text learns every token of the text column"
     elif "too long" in counts.dropped:
         hint = "raise data.max_length, or cut with data.too_long=truncate"
-    return UserError(f"{source}: none of {counts.read:,} rows can be learned from: {'; '.join(reasons)}", hint)
+    return UserError(
+        f"{source}: none of {counts.read:,} rows can be learned from: {'; '.join(reasons)}", hint
+    )
 
 
 def hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -232,7 +235,7 @@ def hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[
         if len(chosen) >= wanted:
             break
     if not chosen:
-        chosen.update(min(groups, key=len))
+        chosen.update(min(groups, key=lambda group: len(group)))
     train = [e for i, e in enumerate(examples) if i not in chosen]
     return train, [e for i, e in enumerate(examples) if i in chosen]
 
@@ -263,7 +266,9 @@ def describe(prepared: Prepared, train_on: TrainOn) -> Iterator[str]:
     counts = prepared.counts
     yield _sum(counts)
     what = {"messages": LEARNED[train_on], "text": "every token"}
-    learned = " and ".join(dict.fromkeys(what.get(kind, "completions") for kind, _ in counts.kinds.most_common()))
+    learned = " and ".join(
+        dict.fromkeys(what.get(kind, "completions") for kind, _ in counts.kinds.most_common())
+    )
     line = f"{_short(counts.tokens)} tokens, {_short(counts.learned)} trained ({learned})"
     if prepared.held_out and prepared.eval_counts is None:
         share = 100 * len(prepared.held_out) / counts.kept

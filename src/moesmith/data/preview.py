@@ -1,4 +1,4 @@
-"""Show what is learned: rows as the model sees them, the learned tokens coloured (or between « and » in plain text)."""
+"""Show what is learned: rows as the model sees them, learned tokens coloured, or in « » in plain text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def preview(tokenizer: PreTrainedTokenizerBase, example: Example, colour: bool) 
     ids = example.input_ids.tolist()
     shown = Text(f"row {example.row} · {len(example):,} tokens, {example.learned:,} trained\n", style="bold")
     before = ""
-    for start, end, learned in runs(example):
+    for _, end, learned in runs(example):
         # Decoding a stretch alone would lose the blank some tokenizers hang on a text's first token.
         upto = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         text = upto[len(before) :]

@@ -1,6 +1,7 @@
 """Read training rows from a JSONL, JSON or Parquet file, a folder of them, a saved dataset, or a hub name.
 
-A row that cannot be read is yielded with its problem instead of being skipped, so that whoever counts can count it.
+A row that cannot be read is yielded with its problem instead of being skipped, so that whoever counts can
+count it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from moesmith.config import no_such_file
 from moesmith.errors import UserError
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-KINDS = "a .jsonl, .json or .parquet file, a folder of them, a dataset saved by `datasets`, or a hub name (org/name)"
+KINDS = "a .jsonl, .json or .parquet file, a folder of them, a saved dataset, or a hub name (org/name)"
 
 
 @dataclass
@@ -29,7 +30,9 @@ class Row:
     detail: str = ""
 
 
-def read_rows(path: str, split: str = "train", subset: str | None = None, key: str = "data.path") -> Iterator[Row]:
+def read_rows(
+    path: str, split: str = "train", subset: str | None = None, key: str = "data.path"
+) -> Iterator[Row]:
     """Rows of a dataset, in order.
 
     Args:
@@ -92,7 +95,9 @@ def _read_json(path: Path) -> Iterator[Row]:
     if isinstance(values, dict):
         lists = [k for k, v in values.items() if isinstance(v, list)]
         if len(lists) != 1:
-            raise UserError(f"{path}: expected a list of rows, found an object with {', '.join(list(values)[:5])}")
+            raise UserError(
+                f"{path}: expected a list of rows, found an object with {', '.join(list(values)[:5])}"
+            )
         values = values[lists[0]]
     for number, value in enumerate(values, 1):
         yield _row(number, value)
@@ -152,7 +157,9 @@ def _read_hub(name: str, split: str, subset: str | None, key: str) -> Iterator[R
             f"{key} takes {KINDS}",
         ) from None
     except (datasets.exceptions.DatasetNotFoundError, ValueError) as error:
-        raise UserError(f"{key}: {name}: {' '.join(str(error).split())[:200]}", f"{key} takes {KINDS}") from None
+        raise UserError(
+            f"{key}: {name}: {' '.join(str(error).split())[:200]}", f"{key} takes {KINDS}"
+        ) from None
     yield from _read_dataset(rows)
 
 

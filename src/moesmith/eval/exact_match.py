@@ -171,17 +171,23 @@ def generate(
     return results
 
 
+def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Token ids of a conversation with the opening of the next answer.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("the model has no chat template", "its questions cannot be asked without one")
+    encoded = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
 def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> list[int]:
     messages = row["messages"]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(f"row {number}: wanted messages that end in the gold answer, an assistant turn")
-    if tokenizer.chat_template is None:
-        raise UserError("the model has no chat template", "exact match needs one to ask its questions")
-    return list(
-        tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-    )
+    return chat_prompt(tokenizer, messages[:-1])
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

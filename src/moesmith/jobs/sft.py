@@ -1,14 +1,14 @@
 """Fine-tune an adapter on your chats: QLoRA over packed experts.
 
-Give a YAML file with the keys below (examples/sft.yaml has them all, commented); flags win over it. The base model
-stays packed and frozen, the adapter with the lowest held-out loss ends up in OUT/best, the newest in OUT/last.
---preview shows which tokens are learned, --dry-run counts everything and trains nothing, --resume continues.
+Give a YAML file with the keys below (examples/sft.yaml has them all, commented); flags win over it. The base
+model stays packed and frozen, the adapter with the lowest held-out loss ends up in OUT/best, the newest in
+OUT/last. --preview shows which tokens are learned, --dry-run counts everything and trains nothing, --resume
+continues.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesmith import console
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moesmith.data.prepare import Prepared
+    from moesmith.train.folder import RunFolder
     from moesmith.train.sft import Session, SFTResult
 
 POSITIONAL = ("config",)
@@ -37,7 +38,7 @@ class QuantConfig(JobConfig):
     scheme: Literal["nf4", "fp4", "int8", "fp8", "bf16", "fp16"] = "nf4"
     """storage of the experts: nf4, fp4, int8, fp8 in blocks; bf16 and fp16 keep them whole"""
     linears: Literal["nf4", "int8"] | None = None
-    """what happens to the linears (attention, shared experts, dense MLP): nf4 or int8 by bitsandbytes, none leaves them"""
+    """attention, shared experts and dense MLPs: nf4 or int8 by bitsandbytes, none leaves them"""
     double_quant: bool = False
     """store the block scales in 8 bits too: 4.13 instead of 4.5 bits per weight"""
     blocksize: int = 64
@@ -87,7 +88,7 @@ def run(cfg: Config) -> None:
         console.emit({"data": session.data, "plan": asdict(session.plan)})
         return
     result = session.train()
-    say_result(result, folder, cfg)
+    say_result(result, folder)
     facts = {key: value for key, value in vars(result).items() if key != "history"}
     console.emit({"data": session.data, "plan": asdict(session.plan), "result": facts})
 
@@ -105,7 +106,9 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     checkpoint = Checkpoint.open(folder)
     check_architecture(checkpoint.config)
     if not checkpoint.has_tokenizer:
-        raise UserError(f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model there")
+        raise UserError(
+            f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model there"
+        )
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -163,13 +166,16 @@ def load_model(cfg: Config) -> tuple[Any, dict[str, Any]]:
     if cfg.adapter is not None:
         if cfg.lora.model_fields_set:
             asked = ", ".join(f"lora.{name}" for name in sorted(cfg.lora.model_fields_set))
-            raise UserError(f"adapter={cfg.adapter} has its own rank and places, but {asked} is given too", "leave one out")
+            raise UserError(
+                f"adapter={cfg.adapter} has its own rank and places, but {asked} is given too",
+                "leave one out",
+            )
         model = continue_from(model, cfg.adapter)
     return model, base
 
 
 def packing(cfg: Config, checkpoint: Any) -> Any:
-    """How to pack a model that is in 16 bits on disk; None for one that is packed, if that is what was asked for."""
+    """How to pack a model that is in 16 bits on disk; None for one that is packed as asked for already."""
     from moesmith.experts.quantizer import ExpertsConfig
 
     stored = checkpoint.quantization
@@ -180,7 +186,8 @@ def packing(cfg: Config, checkpoint: Any) -> Any:
         )
     if not checkpoint.is_packed:
         raise UserError(
-            f"{cfg.model} is quantised already ({stored.get('quant_method')})", "give the original 16-bit checkpoint"
+            f"{cfg.model} is quantised already ({stored.get('quant_method')})",
+            "give the original 16-bit checkpoint",
         )
     for name in sorted(cfg.quant.model_fields_set):
         wanted, there = getattr(cfg.quant, name), stored.get(name)
@@ -200,8 +207,12 @@ def say_model(model: Any) -> None:
     from moesmith.experts.report import count
 
     counts = count(model)
-    packed = [f"{n:,} expert matrices {'in' if s in KEPT else 'packed to'} {s}" for s, n in counts.matrices.items()]
-    console.row("model", " · ".join([*packed, f"{len(counts.not_packed)} left in 16 bits that were asked for"]))
+    packed = [
+        f"{n:,} expert matrices {'in' if s in KEPT else 'packed to'} {s}" for s, n in counts.matrices.items()
+    ]
+    console.row(
+        "model", " · ".join([*packed, f"{len(counts.not_packed)} left in 16 bits that were asked for"])
+    )
 
 
 KEPT = ("bf16", "fp16", "16-bit")
@@ -214,13 +225,18 @@ def say_plan(session: Session, cfg: Config) -> None:
     plan, train = session.plan, cfg.train
     adapters = plan.adapters
     share = 100 * adapters.total / (adapters.total + adapters.frozen)
-    peft = session.model.peft_config[session.model.active_adapter]
+    rank = session.model.peft_config[session.model.active_adapter].r
     places = " + ".join(f"{name} {n:,}" for name, n in adapters.trainable.items())
-    console.row("train", f"{places}, r={peft.r}: {adapters.total:,} parameters ({share:.2g} %) · frozen "
-                         f"{console.count(adapters.frozen)}")  # fmt: skip
+    frozen = console.count(adapters.frozen)
+    console.row(
+        "train", f"{places}, r={rank}: {adapters.total:,} parameters ({share:.2g} %) · frozen {frozen}"
+    )
     what = "packed sequences" if session.pack_to else "rows"
-    console.row("", f"{plan.steps:,} steps of {train.batch_size} × {train.grad_accum} {what} ({plan.sequences:,} an epoch), "
-                    f"evaluation every {plan.eval_steps:,}, checkpoint every {plan.save_steps:,}")  # fmt: skip
+    steps = (
+        f"{plan.steps:,} steps of {train.batch_size} × {train.grad_accum} {what}, {plan.sequences:,} an epoch"
+    )
+    evaluation = f"evaluation every {plan.eval_steps:,}, " if session.held_out else ""
+    console.row("", f"{steps} · {evaluation}checkpoint every {plan.save_steps:,}")
     limit = memory.limit()
     of = f" of {console.size(limit)}" if limit else ""
     console.row("plan", f"peak about {console.size(plan.memory.peak)}{of}: {plan.memory}")
@@ -232,26 +248,31 @@ def say_plan(session: Session, cfg: Config) -> None:
         console.warn("this may not fit" + (f"; change first: {ways[0]}" if ways else ""))
 
 
-def say_result(result: SFTResult, folder: Any, cfg: Config) -> None:
+def say_result(result: SFTResult, folder: RunFolder) -> None:
     """How it ended, what was written, and what to do next."""
     if not result.finished:
-        console.say(
-            f"stopped after step {result.steps}, nothing lost · continue: moesmith sft {folder.config} --resume"
-        )
+        again = f"moesmith sft {folder.config} --resume"
+        console.say(f"stopped after step {result.steps:,}, nothing lost · continue: {again}")
         return
-    rate = f" · {result.tokens / result.seconds:,.0f} tok/s" if result.seconds else ""
-    skipped = f" · {result.skipped} skipped as not finite: {folder.nonfinite}" if result.skipped else ""
-    console.row("done", f"{result.steps:,} steps in {console.duration(result.seconds)} · {result.tokens:,} tokens{rate} · "
-                        f"peak {console.size(result.peak_bytes)}{skipped}")  # fmt: skip
-    if result.best_eval_loss is not None:
-        console.row("loss", f"held-out {_loss(result.first_eval_loss)} before → {_loss(result.best_eval_loss)} best "
-                            f"(step {result.best_step}) → {_loss(result.last_eval_loss)} last")  # fmt: skip
-        if result.first_eval_loss is not None and result.best_eval_loss >= result.first_eval_loss:
+    done = [f"{result.steps:,} steps in {console.duration(result.seconds)}", f"{result.tokens:,} tokens"]
+    if result.seconds:
+        done.append(f"{result.tokens / result.seconds:,.0f} tok/s")
+    done.append(f"peak {console.size(result.peak_bytes)}")
+    if result.skipped:
+        done.append(f"{result.skipped} skipped as not finite, see {folder.nonfinite}")
+    if result.stopped:
+        done.append(result.stopped)
+    console.row("done", " · ".join(done))
+    first, best, last = result.first_eval_loss, result.best_eval_loss, result.last_eval_loss
+    if first is not None and best is not None and last is not None:
+        console.row(
+            "loss",
+            f"held-out {first:.3f} before → {best:.3f} best (step {result.best_step}) → {last:.3f} last",
+        )
+        if best >= first:
             console.warn("no adapter of this run is better on the held-out rows than the model without one")
-    best: Path = result.best or result.last
-    console.row("written", f"{result.best}, {result.last}" if result.best else f"{result.last} (no held-out rows, so no best)")
-    console.next_command(f"moesmith chat --adapter {best}")
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+    if result.best is not None:
+        console.row("written", f"{result.best}, {result.last}")
+    else:
+        console.row("written", f"{result.last} (no best one: no rows were held out)")
+    console.next_command(f"moesmith chat --adapter {result.best or result.last}")

@@ -49,7 +49,7 @@ def attach(model: PreTrainedModel, settings: LoraSettings, seed: int) -> PeftMod
     if settings.dropout and parameters:
         raise UserError(
             f"lora.dropout={settings.dropout} is not possible on {parameters[0]}",
-            "PEFT drops inputs of nn.Linear only: lora.dropout=0, or leave experts and router out of lora.targets",
+            "PEFT drops inputs of nn.Linear only: lora.dropout=0, or lora.targets without experts and router",
         )
     config = LoraConfig(
         r=settings.r,
@@ -76,7 +76,9 @@ def continue_from(model: PreTrainedModel, adapter: str | Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"adapter={adapter} does not fit the model: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(
+            f"adapter={adapter} does not fit the model: {' '.join(str(error).split())[:300]}"
+        ) from None
 
 
 def count_adapters(model: PeftModel, targets: Iterable[str] | None = None) -> AdapterCounts:
@@ -115,7 +117,7 @@ def _targets_of(model: PeftModel, placement: str) -> list[str]:
 
 
 def _module_of(parameter: str) -> str:
-    """base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.default.weight -> model.layers.0.mlp.experts"""
+    """base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.w -> model.layers.0.mlp.experts"""
     name = parameter.partition(".lora_")[0].removeprefix("base_model.model.")
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
@@ -135,7 +137,11 @@ def cast_trainable(model: nn.Module, values: dict[str, torch.Tensor], dtype: tor
 
 
 def save_adapter(
-    path: Path, model: PeftModel, tokenizer: PreTrainedTokenizerBase, base: dict[str, Any], facts: dict[str, Any]
+    path: Path,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: dict[str, Any],
+    facts: dict[str, Any],
 ) -> None:
     """The adapter in PEFT's format, the tokenizer with its chat template, and which base they belong to.
 

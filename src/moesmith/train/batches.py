@@ -1,4 +1,4 @@
-"""Examples as batches: padded rows, or packed rows end to end; with the positions that are learned picked out."""
+"""Examples as batches: padded rows, or packed rows end to end; the learned positions are picked out."""
 
 from __future__ import annotations
 

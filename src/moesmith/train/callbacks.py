@@ -1,4 +1,4 @@
-"""What happens beside the training loop: the bar, the log file, the best adapter, stopping early, stopping politely."""
+"""What happens beside the training loop: bar, log file, best adapter, stopping early, stopping politely."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Stop:
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (int(signal.SIGINT), int(signal.SIGTERM)):
             self._before[number] = signal.signal(number, self._ask)
         try:
             yield self
@@ -77,9 +77,11 @@ class LogCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Keeps the adapter with the lowest held-out loss, says each evaluation, and stops when it no longer falls."""
+    """Keeps the adapter with the lowest held-out loss; stops the run when that loss no longer falls."""
 
-    def __init__(self, run_state: Callable[[], Any], save_best: Callable[[], Path], patience: int | None, quiet: bool):
+    def __init__(
+        self, run_state: Callable[[], Any], save_best: Callable[[], Path], patience: int | None, quiet: bool
+    ):
         self.run_state = run_state
         self.save_best = save_best
         self.patience = patience
@@ -87,10 +89,14 @@ class EvaluationCallback(TrainerCallback):
         self.stopped_early = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.eval_strategy != "no" and state.global_step >= state.max_steps:  # whatever the interval is, the last adapter has a figure
+        if (
+            args.eval_strategy != "no" and state.global_step >= state.max_steps
+        ):  # whatever the interval is, the last adapter has a figure
             control.should_evaluate = True
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
         loss, step, run = metrics["eval_loss"], state.global_step, self.run_state()
         run.last_loss = loss
         line = f"step {step}  held-out loss {loss:.4f}"
@@ -150,7 +156,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class MemoryCallback(TrainerCallback):
-    """Stops before the system kills the process for its memory (RAM only: a GPU raises an error of its own)."""
+    """Stops before the system kills the process for its RAM; a GPU raises an error of its own."""
 
     def __init__(self, explain: Callable[[str], UserError]):
         self.explain = explain

@@ -1,12 +1,12 @@
 """The folder of a training run: what is in it, who may write into it, and what a killed run left whole.
 
-    config.yaml       every option of the run
-    data.json         row counts and a digest of every token and label
-    log.jsonl         every logged value, one object per step or evaluation
-    nonfinite.jsonl   the rows of every skipped step
-    checkpoints/      what --resume continues from
-    best/  last/      adapters: lowest held-out loss, newest
-    result.json       written when the run is over
+config.yaml       every option of the run
+data.json         row counts and a digest of every token and label
+log.jsonl         every logged value, one object per step or evaluation
+nonfinite.jsonl   the rows of every skipped step
+checkpoints/      what --resume continues from
+best/  last/      adapters: lowest held-out loss, newest
+result.json       written when the run is over
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from moesmith.errors import UserError
 
 CHECKPOINT = "checkpoint-{step}"
 
-# A resumed run may differ from the one it continues in these: none of them changes what is learned from which row.
+# A resumed run may differ from the one it continues in these: none of them changes what is learned from which
+# row.
 MAY_CHANGE = (
-    "resume", "overwrite", "dry_run", "preview", "out", "train.eval_steps", "train.save_steps", "train.keep_checkpoints",
-    "train.early_stop", "train.max_nonfinite", "train.loggers", "train.gradient_checkpointing",
+    "resume", "overwrite", "dry_run", "preview", "out", "train.eval_steps", "train.save_steps",
+    "train.keep_checkpoints", "train.early_stop", "train.max_nonfinite", "train.loggers",
+    "train.gradient_checkpointing",
 )  # fmt: skip
 
 
@@ -67,11 +69,14 @@ class RunFolder:
         if resume and self.config.exists():
             self._check_same(cfg)
         elif resume and holds:
-            raise UserError(f"out={self.path} holds no run to resume (no config.yaml)", f"it holds {', '.join(holds[:5])}")
+            raise UserError(
+                f"out={self.path} holds no run to resume (no config.yaml)", f"it holds {', '.join(holds[:5])}"
+            )
         elif holds and not overwrite:
             what = "holds a run already" if self.config.exists() else f"is not empty: {', '.join(holds[:5])}"
             raise UserError(
-                f"out={self.path} {what}", "--resume continues it, --overwrite starts anew; or choose another --out"
+                f"out={self.path} {what}",
+                "--resume continues it, --overwrite starts anew; or choose another --out",
             )
 
     def begin(self, cfg: JobConfig, resume: bool) -> None:
@@ -84,20 +89,29 @@ class RunFolder:
             for leftover in path.glob(".*.tmp") if path.is_dir() else ():
                 remove(leftover)
         self.result.unlink(missing_ok=True)
-        flags = {name: False for name in ("resume", "overwrite", "dry_run", "preview") if name in type(cfg).model_fields}
+        known = type(cfg).model_fields
+        flags: dict[str, Any] = {
+            n: False for n in ("resume", "overwrite", "dry_run", "preview") if n in known
+        }
         save(cfg.model_copy(update=flags), self.config)
 
     def _check_same(self, cfg: JobConfig) -> None:
-        before, now = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flat(cfg.model_dump(mode="json"))
+        before, now = (
+            _flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))),
+            _flat(cfg.model_dump(mode="json")),
+        )
         changed = [key for key in now if key in before and before[key] != now[key] and key not in MAY_CHANGE]
         if changed:
             lines = [f"{key}: was {before[key]}, is {now[key]}" for key in changed]
             raise UserError(
                 f"cannot resume {self.path}: {lines[0]}",
-                "\n".join([*lines[1:], "give the options it was started with, or start anew with --overwrite"]),
+                "\n".join(
+                    [*lines[1:], "give the options it was started with, or start anew with --overwrite"]
+                ),
             )
 
-    # --- data ---------------------------------------------------------------------------------------------------
+    # --- data
+    # ---------------------------------------------------------------------------------------------------
 
     def check_data(self, fingerprint: str) -> None:
         """Refuse to resume with other rows than the run was started with.
@@ -110,15 +124,17 @@ class RunFolder:
         before = json.loads(self.data.read_text(encoding="utf-8"))
         if before["fingerprint"] != fingerprint:
             raise UserError(
-                f"cannot resume {self.path}: its rows or their chat template have changed since it was started",
-                f"it had {before['train']:,} rows to train on and {before['held_out']:,} held out; --overwrite starts anew",
+                f"cannot resume {self.path}: its rows or their chat template have changed since it started",
+                f"it trained on {before['train']:,} rows and held {before['held_out']:,} out; "
+                "--overwrite starts anew",
             )
 
     def record_data(self, facts: dict[str, Any]) -> None:
         """Save what is known of the rows: fingerprint, train, held_out, counts."""
         write_atomically(self.data, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
-    # --- checkpoints --------------------------------------------------------------------------------------------
+    # --- checkpoints
+    # --------------------------------------------------------------------------------------------
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending. One that was being written has another name."""
@@ -137,7 +153,8 @@ class RunFolder:
         for step in self.checkpoint_steps()[:-n]:
             remove(self.checkpoints / CHECKPOINT.format(step=step))
 
-    # --- records ------------------------------------------------------------------------------------------------
+    # --- records
+    # ------------------------------------------------------------------------------------------------
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """One more line in log.jsonl or nonfinite.jsonl."""
@@ -163,7 +180,7 @@ class RunFolder:
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a folder under another name and put it in place of `path`, so that `path` is never half written."""
+    """Write a folder under another name, then put it in place of `path`, which is never half written."""
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old.tmp")
     for leftover in (temporary, old):
         remove(leftover)

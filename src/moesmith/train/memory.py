@@ -1,7 +1,7 @@
-"""What training takes in memory: an estimate before it starts, the share of each part, and what to change first.
+"""What training takes in memory: an estimate before it starts, and when it runs out, what to change first.
 
-Weights, adapter, gradients and optimizer state are counted, not estimated. Activations are estimated from the shapes
-of one decoder layer.
+Weights, adapter, gradients and optimizer state are counted, not estimated. Activations are estimated from the
+shapes of one decoder layer.
 """
 
 # T tokens in a forward pass, H model dim, F expert hidden dim, K experts per token, V vocabulary
@@ -31,8 +31,8 @@ LAYER_COPIES = 24
 # The same for routed rows in the experts: gate, up, their product, the rows themselves, and gradients.
 ROW_COPIES = 4
 
-# RAM that torch's CPU kernels take as they meet new shapes (oneDNN keeps the last 1,024 of them), and late imports.
-# Measured: 0.4 GB before the first step of a tiny OLMoE, 1.2 GB after the tenth.
+# RAM that torch's CPU kernels take as they meet new shapes (oneDNN keeps the last 1,024 of them), and late
+# imports. Measured: 0.4 GB before the first step of a tiny OLMoE, 1.2 GB after the tenth.
 CPU_WARM_UP = 800_000_000
 
 
@@ -113,7 +113,7 @@ def _rows(model: nn.Module, tokens: int) -> int:
 
 
 def limit() -> int | None:
-    """Bytes this process may use on the device it trains on: the GPU's memory, or the machine's or container's RAM."""
+    """Bytes there are on the device that trains: the GPU's memory, or the machine's or container's RAM."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     limits = [psutil.virtual_memory().total]
@@ -125,7 +125,7 @@ def limit() -> int | None:
 
 
 def used() -> int:
-    """Bytes in use now: allocated on the GPU, or the process's own RAM (files it has mapped are not counted)."""
+    """Bytes in use now: allocated on the GPU, or the process's own RAM without the files it has mapped."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     info = psutil.Process().memory_info()
@@ -150,31 +150,47 @@ def advice(planned: MemoryPlan, settings: TrainSettings, packing: bool, linears_
     per_row = planned.activations + planned.logits
     if settings.batch_size > 1:
         saved = per_row - per_row // settings.batch_size
-        ways.append((saved, f"train.batch_size=1 (now {settings.batch_size}; raise train.grad_accum to keep the step)"))
+        ways.append(
+            (
+                saved,
+                f"train.batch_size=1 (now {settings.batch_size}; raise train.grad_accum to keep the step)",
+            )
+        )
     if not settings.gradient_checkpointing:
         ways.append((planned.activations * 3 // 4, "train.gradient_checkpointing=true"))
-    ways.append((per_row // 2, "data.max_length, half of what it is" + (" (rows are packed to it)" if packing else "")))
+    ways.append(
+        (
+            per_row // 2,
+            "data.max_length, half of what it is" + (" (rows are packed to it)" if packing else ""),
+        )
+    )
     if not linears_packed:
         ways.append((planned.dense * 2 // 3, "quant.linears=nf4: the dense matrices in 4 bits too"))
     ways.append((planned.adapters // 2, "lora.r, half of what it is, or fewer lora.targets"))
     if "8bit" not in settings.optim and torch.cuda.is_available():
         ways.append((planned.adapters // 3, "train.optim=paged_adamw_8bit"))
     ways.append((planned.experts // 12, "quant.double_quant=true"))
-    return [f"{text}: about {size(saved)} less" for saved, text in sorted(ways, reverse=True) if saved > 1_000_000][:4]
+    return [
+        f"{text}: about {size(saved)} less" for saved, text in sorted(ways, reverse=True) if saved > 1_000_000
+    ][:4]
 
 
-def report(error: str, planned: MemoryPlan, settings: TrainSettings, packing: bool, linears_packed: bool) -> tuple[str, str]:
+def report(
+    error: str, planned: MemoryPlan, settings: TrainSettings, packing: bool, linears_packed: bool
+) -> tuple[str, str]:
     """(message, hint) for a run that ran out of memory."""
     total = limit()
     of = f" of {size(total)}" if total else ""
     kind = "GPU memory" if torch.cuda.is_available() else "memory"
     ways = advice(planned, settings, packing, linears_packed)
-    lines = [f"what takes it: {planned}", *([f"change first: {ways[0]}"] if ways else []), *(f"then: {w}" for w in ways[1:])]
+    lines = [
+        f"what takes it: {planned}",
+        *([f"change first: {ways[0]}"] if ways else []),
+        *(f"then: {w}" for w in ways[1:]),
+    ]
     return f"out of {kind} ({error}), {size(used())}{of} in use", "\n".join(lines)
 
 
 def first_line(error: BaseException) -> str:
     """The first sentence of what torch says."""
     return str(error).split(". ")[0].split("\n")[0][:120] or type(error).__name__
-
-

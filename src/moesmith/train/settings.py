@@ -19,7 +19,7 @@ class LoraSettings(JobConfig):
     alpha: float = pydantic.Field(32, gt=0)
     """the update is scaled by alpha / r"""
     targets: Annotated[list[Placement], pydantic.Field(min_length=1)] = ["experts", "attention"]
-    """any of experts, attention, router, shared_experts, dense_mlp; one the model does not have is an error"""
+    """any of experts, attention, router, shared_experts, dense_mlp; the model must have all that are named"""
     rslora: bool = False
     """scale by alpha / sqrt(r) instead"""
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
@@ -50,7 +50,7 @@ class TrainSettings(JobConfig):
     optim: str = "adamw_torch"
     """optimizer, by the name transformers gives it (paged_adamw_8bit keeps its state in 8 bits on a GPU)"""
     gradient_checkpointing: bool = True
-    """compute activations again in backward instead of keeping them: about a third more time, far less memory"""
+    """compute activations again in backward instead of keeping them: a third more time, far less memory"""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """what is not packed is loaded and computed in this; the loss is always summed in float32"""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -58,7 +58,7 @@ class TrainSettings(JobConfig):
     router_aux_loss: float = pydantic.Field(0.0, ge=0)
     """weight of the architecture's load-balancing loss; only worth it when the router is trained"""
     eval_steps: int | None = pydantic.Field(None, ge=1)
-    """evaluate every so many steps; none: ten times in the run. Also before the first step and after the last"""
+    """evaluate every so many steps; none: ten times. Always before the first step and after the last too"""
     save_steps: int | None = pydantic.Field(None, ge=1)
     """write a checkpoint to resume from every so many steps; none: ten times in the run"""
     keep_checkpoints: int = pydantic.Field(2, ge=1)

@@ -109,8 +109,8 @@ def run_sft(
         quiet: no bar and no lines.
 
     Raises:
-        UserError: see the message; among them a folder that is in use, a placement the model does not have, packing in
-            a model that mixes packed rows, too many steps that were not finite, no memory left.
+        UserError: see the message; among them a folder that is in use, a placement the model does not have,
+            packing in a model that mixes packed rows, too many steps that were not finite, no memory left.
     """
     return Session(
         model, tokenizer, train, held_out, cfg, pack_to=pack_to, base=base, data_facts=data_facts, quiet=quiet
@@ -137,7 +137,9 @@ class Session:
             raise UserError("no rows to train on")
         for logger in cfg.train.loggers:
             if find_spec(logger) is None:
-                raise UserError(f"train.loggers asks for {logger}, which is not installed", f"pip install {logger}")
+                raise UserError(
+                    f"train.loggers asks for {logger}, which is not installed", f"pip install {logger}"
+                )
         self.cfg, self.tokenizer, self.held_out, self.quiet = cfg, tokenizer, held_out, quiet
         self.pack_to = pack_to
         self.folder = RunFolder(cfg.out)
@@ -145,7 +147,12 @@ class Session:
         digest = fingerprint(train, held_out)
         if cfg.resume:
             self.folder.check_data(digest)
-        self.data = {"fingerprint": digest, "train": len(train), "held_out": len(held_out), **(data_facts or {})}
+        self.data = {
+            "fingerprint": digest,
+            "train": len(train),
+            "held_out": len(held_out),
+            **(data_facts or {}),
+        }
         self.base = base or base_record(_plain(model), _plain(model).name_or_path)
         if pack_to is not None:
             check_isolation(_plain(model), train, pack_to)
@@ -180,7 +187,9 @@ class Session:
         every = max(1, steps // EVALUATIONS)
         widest = sorted((sum(map(len, s)) for s in self.sequences), reverse=True)[: settings.batch_size]
         tokens = sum(widest) if self.pack_to else settings.batch_size * widest[0]
-        most = sorted((sum(e.learned for e in s) for s in self.sequences), reverse=True)[: settings.batch_size]
+        most = sorted((sum(e.learned for e in s) for s in self.sequences), reverse=True)[
+            : settings.batch_size
+        ]
         return Plan(
             steps=steps,
             eval_steps=settings.eval_steps or every,
@@ -287,7 +296,9 @@ class Session:
 
     def _out_of_memory(self, what: str) -> UserError:
         packed = self.base.get("linears") is not None
-        return UserError(*memory.report(what, self.plan.memory, self.cfg.train, self.pack_to is not None, packed))
+        return UserError(
+            *memory.report(what, self.plan.memory, self.cfg.train, self.pack_to is not None, packed)
+        )
 
 
 def _arguments(cfg: RunSettings, folder: RunFolder, plan: Plan, evaluate: bool, first: bool) -> SFTConfig:
@@ -301,7 +312,7 @@ def _arguments(cfg: RunSettings, folder: RunFolder, plan: Plan, evaluate: bool, 
         per_device_eval_batch_size=train.batch_size,
         gradient_accumulation_steps=train.grad_accum,
         learning_rate=train.lr,
-        lr_scheduler_type="cosine_warmup_with_min_lr",  # unlike cosine_with_min_lr its first step is not taken at 0
+        lr_scheduler_type="cosine_warmup_with_min_lr",  # cosine_with_min_lr takes its first step at 0
         lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio},
         warmup_steps=train.warmup,
         weight_decay=train.weight_decay,

@@ -5,12 +5,13 @@
 - The held-out loss is the mean over all held-out tokens, however they were batched.
 - Every trainable parameter gets a gradient, in the first step and after every evaluation.
 
-The loss is TRL's fused output head: per-token log-probabilities in float32 from tiles of the vocabulary, so logits are
-never whole. TRL scores every position on a CPU; here only the learned ones reach the head.
+The loss is TRL's fused output head: per-token log-probabilities in float32 from tiles of the vocabulary, so
+logits are never whole. TRL scores every position on a CPU; here only the learned ones reach the head.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -72,9 +73,11 @@ class NonFinite(UserError):
 
 
 class Trainer(SFTTrainer):
-    """See the module's docstring. `folder` gets checkpoints and records, `max_nonfinite` bounds skipped steps."""
+    """See the module's docstring. `folder` gets checkpoints and records."""
 
-    def __init__(self, *args: Any, folder: RunFolder, max_nonfinite: int, keep_checkpoints: int, **kwargs: Any):
+    def __init__(
+        self, *args: Any, folder: RunFolder, max_nonfinite: int, keep_checkpoints: int, **kwargs: Any
+    ):
         self.folder = folder
         self.max_nonfinite = max_nonfinite
         self.keep_checkpoints = keep_checkpoints
@@ -97,7 +100,8 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No unfilled model card in every checkpoint."""
 
-    # --- the loss -------------------------------------------------------------------------------------------------
+    # --- the loss
+    # -------------------------------------------------------------------------------------------------
 
     def _keep_learned(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the backbone: keep the hidden states (B, T, H) whose next token is learned, as (1, N, H)."""
@@ -155,9 +159,12 @@ class Trainer(SFTTrainer):
             outputs = model(**taken, fused_lm_head=True, use_cache=False)
         return -outputs.log_probs.double().sum(), inputs["shift_labels"].numel()
 
-    # --- a step that is not finite ----------------------------------------------------------------------------------
+    # --- a step that is not finite
+    # ----------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         window = self._window
         if window is None:
             lengths = {name: len(values) for name, values in self._metrics["train"].items()}
@@ -193,7 +200,7 @@ class Trainer(SFTTrainer):
         return norm
 
     def _drop(self, model: nn.Module, window: Window, norm: Any) -> None:
-        """Forget a window: no gradient is left for the optimizer, no loss for the log. Count it, and name its rows."""
+        """Forget a window: no gradient for the optimizer, no loss for the log. Count it and name its rows."""
         model.zero_grad(set_to_none=True)
         self._tr_loss.copy_(window.logged_loss)
         metrics = self._metrics["train"]
@@ -204,18 +211,24 @@ class Trainer(SFTTrainer):
         self.run_state.skipped_in_row += 1
         what = "loss" if window.bad_rows else "gradient"
         step = self.state.global_step + 1
-        record = {"step": step, "not_finite": what, "rows": window.rows, "bad_rows": window.bad_rows or window.rows}
+        record = {
+            "step": step,
+            "not_finite": what,
+            "rows": window.rows,
+            "bad_rows": window.bad_rows or window.rows,
+        }
         if self.is_world_process_zero():
             self.folder.append(self.folder.nonfinite, record)
         if self.run_state.skipped_in_row >= self.max_nonfinite:
             raise NonFinite(
-                f"{self.run_state.skipped_in_row} steps in a row had a {what} that is not finite (the last was step {step})",
-                f"rows of those steps: {self.folder.nonfinite}\n"
-                "lower train.lr, or look at these rows with --preview; train.max_nonfinite allows more of them",
+                f"{self.run_state.skipped_in_row} steps in a row had a {what} that is not finite, "
+                f"the last was step {step}",
+                f"their rows are in {self.folder.nonfinite}; lower train.lr, or look at these rows "
+                "(train.max_nonfinite allows more such steps)",
             )
 
     def _check_every_gradient(self, ran: set[str], hooks: list[Any]) -> None:
-        """After a window: adapters that ran and got no gradient are an error; those that never ran are frozen."""
+        """After a window: an adapter that ran must have a gradient; one that never ran is frozen."""
         for hook in hooks:
             hook.remove()
         self._check_gradients, self._watch = False, None
@@ -224,14 +237,15 @@ class Trainer(SFTTrainer):
         if lost:
             raise UserError(
                 f"{len(lost)} trainable tensors got no gradient, the first is {lost[0]}",
-                "they would stay as they are: load the model with moesmith, and do not run it in inference mode first",
+                "they would stay as they are; moesmith loads models so that linears stay trainable on a CPU",
             )
         for name, parameter in self.model.named_parameters():
             if name in without:
                 parameter.requires_grad_(False)
         self.unused += without
 
-    # --- evaluation -------------------------------------------------------------------------------------------------
+    # --- evaluation
+    # -------------------------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -246,7 +260,9 @@ class Trainer(SFTTrainer):
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     loss, tokens = self._summed_loss(model, inputs)
-                total += torch.stack([loss, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)])
+                total += torch.stack(
+                    [loss, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)]
+                )
         loss_sum, token_sum = self.accelerator.reduce(total).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss_sum / token_sum,
@@ -255,7 +271,8 @@ class Trainer(SFTTrainer):
         }
         self._check_gradients = True
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        handler: Any = self.callback_handler
+        self.control: Any = handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -264,7 +281,8 @@ class Trainer(SFTTrainer):
             logs["skipped"] = self.run_state.skipped
         super().log(logs, start_time)
 
-    # --- checkpoints ------------------------------------------------------------------------------------------------
+    # --- checkpoints
+    # ------------------------------------------------------------------------------------------------
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._save_into) if self._save_into is not None else super()._get_output_dir(trial)
@@ -295,5 +313,9 @@ def _ran(model: nn.Module) -> tuple[set[str], list[Any]]:
     hooks = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            hooks.append(module.register_forward_hook(lambda *_, name=name: ran.add(name) and None))
+            hooks.append(module.register_forward_hook(functools.partial(_note, ran, name)))
     return ran, hooks
+
+
+def _note(ran: set[str], name: str, *_: Any) -> None:
+    ran.add(name)

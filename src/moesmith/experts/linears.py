@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from functools import cache
 
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -24,11 +23,15 @@ def kept_linears(model: nn.Module) -> dict[str, str]:
     heads = get_keys_to_not_convert(model)
     in_fp32 = list(model._keep_in_fp32_modules or [])
     converted = _converted(model)
+    sources: dict[type, str] = {}  # reading one parses its whole file
     kept = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
         parent, _, leaf = name.rpartition(".")
+        holder = type(model.get_submodule(parent))
+        if holder not in sources:
+            sources[holder] = _source(holder)
         if _routes(name, module):
             kept[name] = ROUTER
         elif leaf.endswith("_head") or any(name == head or name.startswith(head + ".") for head in heads):
@@ -37,7 +40,7 @@ def kept_linears(model: nn.Module) -> dict[str, str]:
             kept[name] = KEPT_BY_MODEL
         elif "weight" in leaf:
             kept[name] = MISNAMED
-        elif re.search(rf"self\.{leaf}\.weight\b", _source(type(model.get_submodule(parent)))):
+        elif re.search(rf"self\.{leaf}\.weight\b", sources[holder]):
             kept[name] = READ
         elif converted is not None and converted.search(name + ".weight"):
             kept[name] = CONVERTED
@@ -62,7 +65,6 @@ def _converted(model: nn.Module) -> re.Pattern | None:
     return re.compile(rf"(^|\.)({'|'.join(map(re.escape, sorted(targets)))})(\.|$)") if targets else None
 
 
-@cache
 def _source(cls: type) -> str:
     try:
         return inspect.getsource(cls)

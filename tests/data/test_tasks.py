@@ -47,7 +47,7 @@ def test_problem_is_the_expression_or_the_question():
 
 @pytest.mark.parametrize(
     "task",
-    [SUMS, Task("chain_sum", {"max_terms": 2}), Task("gcd"), Task("spell_backward"), Task("letter_counting")],
+    [SUMS, Task("chain_sum", {"max_terms": 2}), Task("gcd"), Task("products"), Task("letter_counting")],
     ids=lambda task: task.dataset,
 )
 def test_verifier_takes_the_gold_answer_and_no_other(task):

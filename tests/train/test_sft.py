@@ -112,6 +112,7 @@ def test_a_run_learns_and_leaves_everything(tmp_path):
 def test_the_saved_adapter_gives_the_loss_that_was_logged(tmp_path):
     result = run(tmp_path / "out")
     again = PeftModel.from_pretrained(model(), result.last).eval()
+    assert not result.model.training
     total = tokens = 0.0
     for example in examples(4, start=40):
         ids = torch.as_tensor(example.input_ids, dtype=torch.long)[None]
@@ -510,6 +511,25 @@ def test_other_errors_travel(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "compute_loss", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"optim": "adamw_troch"}, "is no optimizer of transformers"),
+        ({"optim": "paged_adamw_8bit"}, "needs a GPU"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has 8-bit optimizers")
+def test_optimizers_that_cannot_run(tmp_path, option, said):
+    with pytest.raises(UserError, match=said):
+        run(tmp_path / "out", cfg=settings(tmp_path / "out", **option))
+
+
+def test_a_balance_loss_that_the_architecture_does_not_have(tmp_path):
+    cfg = settings(tmp_path / "out", router_aux_loss=0.1)
+    with pytest.raises(UserError, match="glm4_moe has no load-balancing loss"):
+        run_sft(tiny.build("glm4_moe"), TOKENIZER, examples(4), [], cfg, quiet=True)
 
 
 def test_tokens_outside_the_models_vocabulary(tmp_path):

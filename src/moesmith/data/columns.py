@@ -1,7 +1,7 @@
 """From a row's columns to a conversation: messages, tools, and which turns are to be learned.
 
-Knows the common column names of chat, completion and instruction datasets. A row that cannot be learned from raises
-`RowError` with the reason it is counted under.
+Knows the common column names of chat, completion and instruction datasets. A row that cannot be learned from
+raises `RowError` with the reason it is counted under.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def check_isolation(model: Any, examples: Sequence[Example], max_length: int) ->
         raise UserError(
             f"{type(model).__name__} cannot be trained on packed rows: a row changes with {why} before it "
             f"({share:.0%} of the change without any separation)",
-            "data.packing=false; attention that does not see where rows begin, or a layer with a state, does this",
+            "data.packing=false (attention that does not know where rows begin, or a layer with a state)",
         )
 
 

@@ -235,7 +235,8 @@ def hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[
         if len(chosen) >= wanted:
             break
     if not chosen:
-        chosen.update(min(groups, key=lambda group: len(group)))
+        smallest: list[int] = min(groups, key=len)
+        chosen.update(smallest)
     train = [e for i, e in enumerate(examples) if i not in chosen]
     return train, [e for i, e in enumerate(examples) if i in chosen]
 

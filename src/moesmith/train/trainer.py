@@ -92,7 +92,7 @@ class Trainer(SFTTrainer):
         """trainable tensors of modules that the model never runs"""
         super().__init__(*args, **kwargs)
         self._plain = self.accelerator.unwrap_model(self.model).get_base_model()
-        self._plain.base_model.register_forward_hook(self._keep_learned)
+        self._hook = self._plain.base_model.register_forward_hook(self._keep_learned)
 
     def _send_telemetry(self) -> None:
         """A private training run tells nobody about itself."""
@@ -100,8 +100,12 @@ class Trainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No unfilled model card in every checkpoint."""
 
-    # --- the loss
-    # -------------------------------------------------------------------------------------------------
+    def release(self) -> None:
+        """Leave the model to others: evaluation mode, and no hook of ours on it."""
+        self._hook.remove()
+        self.model.eval()
+
+    # --- the loss ---
 
     def _keep_learned(self, module: nn.Module, args: Any, output: Any) -> Any:
         """After the backbone: keep the hidden states (B, T, H) whose next token is learned, as (1, N, H)."""
@@ -159,8 +163,7 @@ class Trainer(SFTTrainer):
             outputs = model(**taken, fused_lm_head=True, use_cache=False)
         return -outputs.log_probs.double().sum(), inputs["shift_labels"].numel()
 
-    # --- a step that is not finite
-    # ----------------------------------------------------------------------------------
+    # --- a step that is not finite ---
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -244,8 +247,7 @@ class Trainer(SFTTrainer):
                 parameter.requires_grad_(False)
         self.unused += without
 
-    # --- evaluation
-    # -------------------------------------------------------------------------------------------------
+    # --- evaluation ---
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -281,8 +283,7 @@ class Trainer(SFTTrainer):
             logs["skipped"] = self.run_state.skipped
         super().log(logs, start_time)
 
-    # --- checkpoints
-    # ------------------------------------------------------------------------------------------------
+    # --- checkpoints ---
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._save_into) if self._save_into is not None else super()._get_output_dir(trial)

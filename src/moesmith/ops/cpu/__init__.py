@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..stack import PackedStack
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_MIN_ELEMENTS = 65536
+_MIN_ELEMENTS = 50_000
 """Matrices smaller than this go through torch.mm, so that tiny models equal stock bit for bit."""
 
 _BLOCKSIZES = frozenset(2**i for i in range(4, 20))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ TASK = Task(
         "allow_parentheses": False, "allow_negation": False, "format_style": "natural",
     },
 )  # fmt: skip
-CALIBRATION_ROWS, JUDGED_ROWS, ROW_TOKENS = 6, 2, 512  # of each kind of text
+CALIBRATION_ROWS, JUDGED_ROWS, ROW_TOKENS = 5, 1, 512  # of each kind of text
 ANSWER_TOKENS = 16
 EVERYDAY_TOKENS = 40
 QUESTION_BATCH = 32
@@ -65,7 +66,7 @@ class Steps:
         if self.cfg.model is None:
             gguf = packaged_gguf(PACKAGE, PACKAGE_VERSION)
             source = f"{PACKAGE} {PACKAGE_VERSION}, {gguf.name}"
-            with console.bar(f"reading {gguf.name}"), _no_bars():
+            with console.bar(f"reading {gguf.name}"), _no_bars(), _quiet_stderr():
                 replace_folder(self.dense, lambda folder: save_gguf_as_checkpoint(gguf, folder))
         else:
             source = self.cfg.model
@@ -388,6 +389,13 @@ def another_command() -> Iterator[None]:
             yield
     finally:
         console.set_json(True)
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """Nothing on Python's stderr: transformers' bar for GGUF files has no switch. Our own bar keeps its stream."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+        yield
 
 
 @contextlib.contextmanager

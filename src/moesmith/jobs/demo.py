@@ -49,6 +49,10 @@ class DemoTrain(TrainSettings):
     """the cosine ends at this share of lr"""
     warmup: float = pydantic.Field(0.05, ge=0)
     """steps of linear warm-up, or their share of all steps when below 1"""
+    eval_steps: int | None = pydantic.Field(65, ge=1)
+    """evaluate every so many steps, before the first and after the last"""
+    save_steps: int | None = pydantic.Field(65, ge=1)
+    """write a checkpoint to continue from every so many steps"""
     gradient_checkpointing: bool = False
     """compute activations again in backward instead of keeping them"""
 
@@ -64,7 +68,7 @@ class Config(JobConfig):
     """How many of them a token gets."""
     scheme: Literal["nf4", "fp4", "int8", "fp8"] = "nf4"
     """How the experts are packed."""
-    questions: int = 3000
+    questions: int = 2700
     """Different problems to train on."""
     turns: int = 4
     """Problems in one training conversation."""

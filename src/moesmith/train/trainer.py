@@ -305,7 +305,7 @@ class Trainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = json.loads((Path(resume_from_checkpoint) / STATE).read_text(encoding="utf-8"))
-        self.run_state = RunState(**state)
+        pass
 
 
 def _ran(model: nn.Module) -> tuple[set[str], list[Any]]:

@@ -1,6 +1,7 @@
 """The one exception type meant for the person at the keyboard.
 
-Raised for what a user gave (a file, a key, a value); the command line prints it as `error: ...` without a traceback.
+Raised for what a user gave (a file, a key, a value); the command line prints it as `error: ...` without a
+traceback.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def test_all_experts_on_equals_the_dense_model(dense, chunks):
     torch.testing.assert_close(padded[kept], wanted[kept], atol=1e-4, rtol=1e-4)
 
 
-def test_top_k_equals_the_dense_ffn_restricted_to_the_chosen_neurons(llama, chunks):
+def test_top_k_equals_the_dense_ffn_restricted_to_the_chosen_neurons(dense, chunks):
     """The experts the router did not pick are missing, and nothing else changed: the weights are 1 each."""
-    model, _ = split_model(llama, chunks, num_experts=8, top_k=5)
+    model, _ = split_model(dense, chunks, num_experts=8, top_k=5)
     layer = moe_layers(model)[0]
     block = submodule(model, layer.name)
     x = torch.randn(1, 7, 48)

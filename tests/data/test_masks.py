@@ -37,6 +37,13 @@ def test_the_context_is_what_the_model_is_given_when_it_answers():
     assert example.input_ids[:first].tolist() == tok(prompt, add_special_tokens=False).input_ids
 
 
+def test_a_token_with_nothing_before_it_is_not_learned():
+    tok = tokenizer(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert learned_text(tok, tokenize(tok, conversation({"messages": chat("a", "bcd")}))) == "cd"
+
+
 def test_a_token_that_would_straddle_prompt_and_answer_is_split():
     # The prompt ends in a line break, the answer starts with one, and the tokenizer knows both as one token.
     tok = tokenizer(merges=[("\n", "\n")])

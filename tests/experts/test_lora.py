@@ -155,3 +155,19 @@ def test_no_adapter_tensor_is_left_on_the_module_after_a_forward(checkpoint):
     model = adapted(checkpoint)
     model(IDS)
     assert all(module.experts_lora == {} for _, module in named_experts(model))
+
+
+@torch.no_grad()
+def test_decoding_sees_an_adapter_that_changed(checkpoint):
+    model = adapted(checkpoint)
+    experts = model.base_model.model.model.layers[0].mlp.experts
+    call = torch.randn(1, 64), torch.tensor([[2, 5]]), torch.rand(1, 2)
+    first = experts(*call)
+    assert torch.equal(experts(*call), first)  # from what was kept
+    for wrapper in (experts, experts.base_layer):
+        wrapper.lora_B["default"].weight.mul_(2)
+    changed = experts(*call)
+    with torch.enable_grad():
+        fresh = experts(*call)
+    torch.testing.assert_close(changed, fresh)
+    assert (changed - first).abs().max() > 1e-4

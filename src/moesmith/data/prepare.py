@@ -11,53 +11,17 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import pydantic
 from transformers import PreTrainedTokenizerBase
 
-from moesmith.config import JobConfig, no_such_file
+from moesmith.config import no_such_file
 from moesmith.errors import UserError
 
 from .chat import UnmarkableTurn, cannot_mark
-from .columns import COLUMNS, Format, RowError, TrainOn, conversation
+from .columns import COLUMNS, RowError, TrainOn, conversation
 from .masks import Example, fit, tokenize
 from .rows import Row, read_rows
-
-
-class DataConfig(JobConfig):
-    """The rows to train on, and which of their tokens are learned."""
-
-    path: str
-    """a .jsonl, .json or .parquet file, a folder of them, a dataset saved by `datasets`, or a hub name"""
-    split: str = "train"
-    """split of a folder, a saved dataset or a hub dataset"""
-    subset: str | None = None
-    """configuration name of a hub dataset"""
-    eval_path: str | None = None
-    """held-out rows from here; otherwise eval_fraction of the training rows is held out"""
-    eval_split: str | None = None
-    """held-out rows from this split (of eval_path, or of path)"""
-    eval_fraction: float = pydantic.Field(0.01, ge=0, lt=1)
-    """share of the rows to hold out, 0 for none; no prompt is on both sides"""
-    max_rows: int | None = pydantic.Field(None, ge=1)
-    """read only this many rows"""
-    format: Format = "auto"
-    """columns: messages, prompt_completion, instruction, or text (every token is learned)"""
-    train_on: TrainOn = "last_assistant"
-    """which assistant turns are learned"""
-    max_length: int = pydantic.Field(2048, ge=8)
-    """longest row in tokens"""
-    too_long: Literal["drop", "truncate"] = "drop"
-    """drop longer rows, or cut their end off (a row whose learned part is cut away is dropped and counted)"""
-    packing: bool = False
-    """several rows in one sequence of max_length tokens; refused where attention would mix them"""
-    apply_template: bool = True
-    """put prompt and completion strings through the chat template; off takes them as ready text"""
-    chat_template: str | None = None
-    """a Jinja file to use instead of the model's chat template"""
-    template_kwargs: dict[str, pydantic.JsonValue] = {}
-    """variables for the chat template, such as enable_thinking: false"""
+from .settings import DataConfig
 
 
 @dataclass

@@ -22,6 +22,7 @@ from ..ops.rows import combine_rows, gather_rows
 from .storage import scheme_of, stack
 
 EXPERTS_FUNCTION = "moesmith"
+DECODING_ROWS = 64  # routed rows of a few tokens
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -45,17 +46,41 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
 def _project(module: Any, name: str, x: Tensor, routing: Routing, expert_index: Tensor | None) -> Tensor:
     """One projection of every routed row by its expert: packed weight, adapters, bias."""
-    lora = _as_one(module.experts_lora.get(name))
+    lora = _adapter(module, name, x)
     y = grouped_linear(x, stack(module, name), routing.offsets, lora=lora, transposed=module.is_transposed)
     if expert_index is not None:
         y = y + getattr(module, name + "_bias")[expert_index]
     return y
 
 
-def _as_one(adapters: list[Lora] | None) -> Lora | None:
+def _adapter(module: Any, name: str, x: Tensor) -> Lora | None:
+    """The adapter of one projection.
+
+    While decoding it is kept in the form the kernels read, until it changes: converting the factors of all
+    experts would cost as much as the few products that are wanted.
+    """
+    adapters = module.experts_lora.get(name)
+    if not adapters:
+        return None
+    kept = module.experts_lora_decoding
+    if torch.is_grad_enabled():
+        kept.pop(name, None)
+        return _as_one(adapters)
+    if len(x) > DECODING_ROWS:
+        return _as_one(adapters)
+    tensors = [factor for lora in adapters for factor in (lora.A, lora.B)]
+    key = (x.dtype, *(lora.scaling for lora in adapters), *((t.data_ptr(), t._version) for t in tensors))
+    if name not in kept or kept[name][0] != key:
+        lora = _as_one(adapters)
+        B_ErO = lora.B.transpose(1, 2).to(x.dtype).contiguous()
+        kept[name] = key, Lora(lora.A.to(x.dtype).contiguous(), B_ErO.transpose(1, 2), lora.scaling)
+    return kept[name][1]
+
+
+def _as_one(adapters: list[Lora]) -> Lora:
     """Several active adapters add up: their ranks side by side are one adapter."""
-    if not adapters or len(adapters) == 1:
-        return adapters[0] if adapters else None
+    if len(adapters) == 1:
+        return adapters[0]
     A = torch.cat([lora.A for lora in adapters], dim=1)
     B = torch.cat([lora.B * lora.scaling for lora in adapters], dim=2)
     return Lora(A, B, 1.0)

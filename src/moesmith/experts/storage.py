@@ -65,6 +65,8 @@ def mark(module: nn.Module, scheme: str) -> None:
     holder.experts_scheme = scheme
     # weight name -> list of active adapters, filled by the PEFT wrapper during a forward
     holder.experts_lora = {}
+    # weight name -> the adapter as decoding wants it, see `forward`
+    holder.experts_lora_decoding = {}
 
 
 def stack(module: nn.Module, name: str) -> PackedStack:

@@ -10,10 +10,11 @@ import json
 import os
 import random
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moesmith import console
 from moesmith.config import save, write_atomically
@@ -54,6 +55,8 @@ class Steps:
         self.data, self.moe, self.packed = out / "data", out / "moe", out / "packed"
         self.eval, self.sft, self.sft_yaml = out / "eval", out / "sft", out / "sft.yaml"
         self.train_rows, self.judge_rows = self.data / "train.jsonl", self.data / "held_out.jsonl"
+        # What models compute in. Without bf16 instructions a CPU is much slower in bf16 than in fp32.
+        self.dtype = cfg.train.dtype if "dtype" in cfg.train.model_fields_set else faster_dtype()
 
     # --- a dense model, on disk in 16 bits
     # ----------------------------------------------------------------------
@@ -83,7 +86,7 @@ class Steps:
         }
 
     def load_dense(self) -> tuple[Any, Any]:
-        """(model in bf16, tokenizer)."""
+        """(model, tokenizer)."""
         return self._load(self.dense)
 
     # --- rows to learn from, rows to judge by, text to calibrate on
@@ -200,7 +203,7 @@ class Steps:
 
         def write(folder: Path) -> None:
             with _no_bars():
-                moe.save_pretrained(folder)
+                moe.bfloat16().save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             layers = [asdict(layer) for layer in report.layers]
             write_atomically(folder / "split.json", json.dumps({**facts, "layers": layers}, indent=2) + "\n")
@@ -363,8 +366,27 @@ class Steps:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with _no_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.dtype))
         return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def faster_dtype() -> Literal["bfloat16", "float32"]:
+    """The dtype this machine multiplies matrices of a small model in faster; bfloat16 if they are close."""
+    import torch
+    from torch.nn.functional import linear
+
+    if torch.cuda.is_available():
+        return "bfloat16"
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = torch.ones(512, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
+        times = []
+        for _ in range(6):  # the first one prepares the kernel
+            started = time.perf_counter()
+            linear(x, weight)
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return "float32" if 1.3 * seconds[torch.float32] < seconds[torch.bfloat16] else "bfloat16"
 
 
 def _resolve(model: str) -> Path:
@@ -393,7 +415,7 @@ def another_command() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """Nothing on Python's stderr: transformers' bar for GGUF files has no switch. Our own bar keeps its stream."""
+    """Nothing on Python's stderr: transformers' bar for GGUF has no switch. Our bar keeps its stream."""
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         yield
 

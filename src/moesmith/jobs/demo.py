@@ -39,19 +39,19 @@ class DemoLora(LoraSettings):
 class DemoTrain(TrainSettings):
     """The optimisation: many small steps, because time is short and rows are alike."""
 
-    batch_size: int = pydantic.Field(4, ge=1)
+    batch_size: int = pydantic.Field(3, ge=1)
     """conversations per forward pass"""
     grad_accum: int = pydantic.Field(1, ge=1)
     """forward passes per optimizer step"""
-    lr: float = pydantic.Field(1e-3, gt=0)
+    lr: float = pydantic.Field(2e-3, gt=0)
     """highest learning rate"""
     min_lr_ratio: float = pydantic.Field(0.05, ge=0, le=1)
     """the cosine ends at this share of lr"""
     warmup: float = pydantic.Field(0.05, ge=0)
     """steps of linear warm-up, or their share of all steps when below 1"""
-    eval_steps: int | None = pydantic.Field(65, ge=1)
+    eval_steps: int | None = pydantic.Field(75, ge=1)
     """evaluate every so many steps, before the first and after the last"""
-    save_steps: int | None = pydantic.Field(65, ge=1)
+    save_steps: int | None = pydantic.Field(75, ge=1)
     """write a checkpoint to continue from every so many steps"""
     gradient_checkpointing: bool = False
     """compute activations again in backward instead of keeping them"""
@@ -68,7 +68,7 @@ class Config(JobConfig):
     """How many of them a token gets."""
     scheme: Literal["nf4", "fp4", "int8", "fp8"] = "nf4"
     """How the experts are packed."""
-    questions: int = 2700
+    questions: int = 1700
     """Different problems to train on."""
     turns: int = 4
     """Problems in one training conversation."""
@@ -111,7 +111,7 @@ def run(cfg: Config) -> None:
     after = journey.phase("after", {}, [steps.eval / "after.json"], steps.judge_after)
     say("7 after", after, *after_lines(after.facts))
 
-    summary = summarise(journey, cfg)
+    summary = summarise(journey, cfg, steps.dtype)
     journey.write({"summary": summary})
     say_summary(summary, journey)
     console.row("written", f"{journey.file}, {cfg.out / 'config.yaml'}, and a folder for every phase")
@@ -213,7 +213,7 @@ def example(record: Facts) -> str:
     return f"{record['question']}  {answer}{' …' if record['cut'] else ''}  ({right})"
 
 
-def summarise(journey: Journey, cfg: Config) -> Facts:
+def summarise(journey: Journey, cfg: Config, dtype: str) -> Facts:
     """The figures of the whole journey, for `results.json` and `--json`."""
     phases = journey.phases
     split, pack = phases["split"].facts, phases["pack"].facts
@@ -239,7 +239,7 @@ def summarise(journey: Journey, cfg: Config) -> Facts:
         "cpu_seconds": {name: phase.cpu_seconds for name, phase in phases.items()},
         "peak_bytes": {name: phase.peak_bytes for name, phase in phases.items()},
         "chat": after["chat"],
-        "machine": machine(),
+        "machine": {**machine(), "dtype": dtype},
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "peft", "trl")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from moesmith import console
 from moesmith.config import JobConfig
-from moesmith.data.prepare import DataConfig
+from moesmith.data.settings import DataConfig
 from moesmith.errors import UserError
 from moesmith.train.settings import RunSettings
 
@@ -36,26 +36,26 @@ class QuantConfig(JobConfig):
     """How a model that is not packed yet is held. One that is packed on disk is taken as it is."""
 
     scheme: Literal["nf4", "fp4", "int8", "fp8", "bf16", "fp16"] = "nf4"
-    """storage of the experts: nf4, fp4, int8, fp8 in blocks; bf16 and fp16 keep them whole"""
+    """Storage of the experts: nf4, fp4, int8, fp8 in blocks; bf16 and fp16 keep them whole."""
     linears: Literal["nf4", "int8"] | None = None
-    """attention, shared experts and dense MLPs: nf4 or int8 by bitsandbytes, none leaves them"""
+    """Attention, shared experts and dense MLPs: nf4 or int8 by bitsandbytes, none leaves them."""
     double_quant: bool = False
-    """store the block scales in 8 bits too: 4.13 instead of 4.5 bits per weight"""
+    """Store the block scales in 8 bits too: 4.13 instead of 4.5 bits per weight."""
     blocksize: int = 64
-    """weights per scale"""
+    """Weights per scale."""
 
 
 class Config(RunSettings):
     model: str
-    """model folder or hub name, packed by `moesmith quantize` or not"""
+    """Model folder or hub name, packed by `moesmith quantize` or not."""
     adapter: str | None = None
-    """train this adapter further instead of a fresh one; its rank and places are then its own"""
+    """Train this adapter further instead of a fresh one; its rank and places are then its own."""
     quant: QuantConfig = QuantConfig()
     data: DataConfig
     preview: bool | int = False
-    """print so many rows with the learned tokens marked (3 without a number), and stop"""
+    """Print so many rows with the learned tokens marked (3 without a number), and stop."""
     dry_run: bool = False
-    """count rows and parameters, estimate memory, and stop before training"""
+    """Count rows and parameters, estimate memory, and stop before training."""
 
 
 def run(cfg: Config) -> None:

@@ -151,7 +151,8 @@ def save_adapter(
     """
 
     def write(folder: Path) -> None:
-        model.save_pretrained(str(folder))
+        # No look at the hub whether the vocabulary grew: embeddings are never trained.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
         record = {"base": base, **facts, "moesmith": __version__}

@@ -19,9 +19,6 @@ from moesmith.errors import UserError
 from . import memory
 from .folder import RunFolder
 
-# A run this close to the limit is about to be killed without a word.
-RAM_SHARE = 0.97
-
 
 class Stop:
     """A request to stop after the step that is running."""
@@ -160,8 +157,7 @@ class MemoryCallback(TrainerCallback):
 
     def __init__(self, explain: Callable[[str], UserError]):
         self.explain = explain
-        self.limit = memory.limit()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.device.type == "cpu" and self.limit and memory.used() > RAM_SHARE * self.limit:
+        if memory.almost_full():
             raise self.explain("the machine's memory is almost full")

@@ -133,6 +133,14 @@ def used() -> int:
     return info.rss - getattr(info, "shared", 0)
 
 
+def almost_full() -> bool:
+    """Whether the system is about to kill this process for its RAM. A GPU raises an error of its own."""
+    if torch.cuda.is_available():
+        return False
+    ram = psutil.virtual_memory()
+    return used() > 0.97 * (limit() or ram.total) or ram.available < 0.02 * ram.total
+
+
 def peak(seen: int = 0) -> int:
     """Highest use: the GPU's own count, or the largest of `seen` and now."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else max(seen, used())

@@ -15,72 +15,72 @@ class LoraSettings(JobConfig):
     """The adapter: where it sits and how large it is."""
 
     r: int = pydantic.Field(16, ge=1)
-    """rank, per expert and per linear"""
+    """Rank, per expert and per linear."""
     alpha: float = pydantic.Field(32, gt=0)
-    """the update is scaled by alpha / r"""
+    """The update is scaled by alpha / r."""
     targets: Annotated[list[Placement], pydantic.Field(min_length=1)] = ["experts", "attention"]
-    """any of experts, attention, router, shared_experts, dense_mlp; the model must have all that are named"""
+    """Any of experts, attention, router, shared_experts, dense_mlp; the model must have those named."""
     rslora: bool = False
-    """scale by alpha / sqrt(r) instead"""
+    """Scale by alpha / sqrt(r) instead."""
     dropout: float = pydantic.Field(0.0, ge=0, lt=1)
-    """on the adapter's input; not possible on experts and on routers that are no nn.Linear"""
+    """Dropout on the adapter's input; not possible on experts and on routers that are no nn.Linear."""
 
 
 class TrainSettings(JobConfig):
     """The optimisation."""
 
     epochs: float = pydantic.Field(1, gt=0)
-    """passes over the rows; max_steps wins over it"""
+    """Passes over the rows; max_steps wins over it."""
     max_steps: int | None = pydantic.Field(None, ge=1)
-    """optimizer steps"""
+    """Optimizer steps."""
     batch_size: int = pydantic.Field(1, ge=1)
-    """rows (with packing: sequences) per forward pass"""
+    """Rows (with packing: sequences) per forward pass."""
     grad_accum: int = pydantic.Field(16, ge=1)
-    """forward passes per optimizer step; the loss is the mean over all tokens of a step"""
+    """Forward passes per optimizer step; the loss is the mean over all tokens of a step."""
     lr: float = pydantic.Field(1e-4, gt=0)
-    """highest learning rate"""
+    """Highest learning rate."""
     min_lr_ratio: float = pydantic.Field(0.1, ge=0, le=1)
-    """the cosine ends at this share of lr; 1 keeps it constant"""
+    """The cosine ends at this share of lr; 1 keeps it constant."""
     warmup: float = pydantic.Field(0.03, ge=0)
-    """steps of linear warm-up, or their share of all steps when below 1"""
+    """Steps of linear warm-up, or their share of all steps when below 1."""
     weight_decay: float = pydantic.Field(0.0, ge=0)
-    """AdamW's"""
+    """Weight decay of AdamW."""
     max_grad_norm: float = pydantic.Field(1.0, ge=0)
-    """gradients are clipped to this norm; 0 leaves them"""
+    """Gradients are clipped to this norm; 0 leaves them."""
     optim: str = "adamw_torch"
-    """optimizer, by the name transformers gives it (paged_adamw_8bit keeps its state in 8 bits on a GPU)"""
+    """Optimizer, by the name transformers gives it (paged_adamw_8bit keeps its state in 8 bits on a GPU)."""
     gradient_checkpointing: bool = True
-    """compute activations again in backward instead of keeping them: a third more time, far less memory"""
+    """Compute activations again in backward instead of keeping them: a third more time, far less memory."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """what is not packed is loaded and computed in this; the loss is always summed in float32"""
+    """What is not packed is loaded and computed in this; the loss is always summed in float32."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
-    """the adapter and its optimizer state"""
+    """The adapter and its optimizer state."""
     router_aux_loss: float = pydantic.Field(0.0, ge=0)
-    """weight of the architecture's load-balancing loss; only worth it when the router is trained"""
+    """Weight of the architecture's load-balancing loss; only worth it when the router is trained."""
     eval_steps: int | None = pydantic.Field(None, ge=1)
-    """evaluate every so many steps; none: ten times. Always before the first step and after the last too"""
+    """Evaluate every so many steps; none: ten times. Always before the first step and after the last too."""
     save_steps: int | None = pydantic.Field(None, ge=1)
-    """write a checkpoint to resume from every so many steps; none: ten times in the run"""
+    """Write a checkpoint to resume from every so many steps; none: ten times in the run."""
     keep_checkpoints: int = pydantic.Field(2, ge=1)
-    """how many of them are kept"""
+    """How many of them are kept."""
     early_stop: int | None = pydantic.Field(None, ge=1)
-    """stop after so many evaluations without a better held-out loss"""
+    """Stop after so many evaluations without a better held-out loss."""
     max_nonfinite: int = pydantic.Field(3, ge=1)
-    """stop after so many steps in a row that were skipped for a loss or gradient that is not finite"""
+    """Stop after so many steps in a row that were skipped for a loss or gradient that is not finite."""
     loggers: list[Literal["tensorboard", "trackio"]] = []
-    """also log to these"""
+    """Also log to any of tensorboard, trackio."""
 
 
 class RunSettings(JobConfig):
     """One training run: its folder, its seed, its adapter and its optimisation."""
 
     out: str
-    """folder for everything the run writes"""
+    """Folder for everything the run writes."""
     seed: int = 0
-    """of the adapter's first weights, the order of the rows and the held-out split"""
+    """Seed of the adapter's first weights, the order of the rows and the held-out split."""
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
     resume: bool = False
-    """continue the run in `out` from its newest whole checkpoint"""
+    """Continue the run in `out` from its newest whole checkpoint."""
     overwrite: bool = False
-    """start anew in a folder that already holds a run, removing what that run wrote"""
+    """Start anew in a folder that already holds a run, removing what that run wrote."""

@@ -59,8 +59,6 @@ class RunState:
 class Window:
     """The forward passes of one optimizer step, as they are taken."""
 
-    logged_loss: Tensor
-    """the trainer's running loss before this window"""
     metrics: dict[str, int]
     """length of each metric list before this window"""
     rows: list[int] = field(default_factory=list)
@@ -171,7 +169,7 @@ class Trainer(SFTTrainer):
         window = self._window
         if window is None:
             lengths = {name: len(values) for name, values in self._metrics["train"].items()}
-            window = self._window = Window(self._tr_loss.clone(), lengths)
+            window = self._window = Window(lengths)
             self._watch = _ran(self.model) if self._check_gradients else None
         window.rows += inputs["rows"]
         real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
@@ -205,7 +203,6 @@ class Trainer(SFTTrainer):
     def _drop(self, model: nn.Module, window: Window, norm: Any) -> None:
         """Forget a window: no gradient for the optimizer, no loss for the log. Count it and name its rows."""
         model.zero_grad(set_to_none=True)
-        self._tr_loss.copy_(window.logged_loss)
         metrics = self._metrics["train"]
         kept = {name: values[: window.metrics.get(name, 0)] for name, values in metrics.items()}
         metrics.clear()
@@ -305,7 +302,7 @@ class Trainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = json.loads((Path(resume_from_checkpoint) / STATE).read_text(encoding="utf-8"))
-        pass
+        self.run_state = RunState(**state)
 
 
 def _ran(model: nn.Module) -> tuple[set[str], list[Any]]:

@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from moesmith.errors import UserError
@@ -46,7 +46,12 @@ def load_gguf(path: Path) -> PreTrainedModel:
         UserError: the package that reads GGUF is missing.
     """
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            quantization_config=GgufConfig(dequantize=True),  # else it may keep blocks, where kernels allow
+            dtype=torch.bfloat16,
+        )
     except ImportError as error:
         raise UserError(f"{path.name} cannot be read: {error}", "pip install 'moesmith[gguf]'") from None
     config = copy.deepcopy(loaded.config)

@@ -68,9 +68,9 @@ class Config(JobConfig):
     """How many of them a token gets."""
     scheme: Literal["nf4", "fp4", "int8", "fp8"] = "nf4"
     """How the experts are packed."""
-    questions: int = 1700
+    questions: int = 1300
     """Different problems to train on."""
-    turns: int = 4
+    turns: int = 6
     """Problems in one training conversation."""
     held_out: int = 128
     """Other problems to judge by."""

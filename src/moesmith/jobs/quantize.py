@@ -99,7 +99,7 @@ def run(cfg: Config) -> None:
         logging.disable_progress_bar()
 
     started = time.perf_counter()
-    device_map = {"": 0} if cfg.device == "cuda" else None
+    device_map = {"": 0 if cfg.device == "cuda" else "cpu"}
     with PeakMemory() as peak:
         model = load(
             source,

@@ -25,4 +25,4 @@ def test_rows_of_own_answers():
     ]
     made = own_answers(["a", "b", "c", "d", "e"], answers)
     told = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in made]
-    assert told == [("a", "Rome."), ("d", "One."), ("e", "all of it")]
+    assert told == [("a", "Rome."), ("d", "One."), ("e", "unfinished but whole")]

@@ -5,24 +5,50 @@ packed model equals the stock model holding the dequantised weights. What differ
 packed bytes, dequantises bounded pieces of them, and does so again in backward; adapters are applied to the
 activations of an expert's rows. Modules that moesmith did not load fall through to the stock function.
 
+Two attributes of an experts module, packed or not, change what its call means:
+- `experts_kept`, int64 (kept,): the router has rows for these experts only, and the ids it gives are
+  positions in this list. The weights stay where they are: a pruned model without slicing.
+- `experts_observer`: called with everything the call computed, see `Observer`. Only here do an expert's
+  output and its routing weight meet. The output stays bit for bit what it is without.
+
 T tokens, K experts per token, H model dim, R <= T*K routed rows sorted by expert.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from transformers.integrations.moe import grouped_mm_experts_forward
+from torch import Tensor, nn
+from transformers.integrations.moe import _grouped_linear, grouped_mm_experts_forward
 
 from ..ops.grouped import Lora, grouped_linear
 from ..ops.routing import Routing, sort_by_expert
 from ..ops.rows import combine_rows, gather_rows
-from .storage import scheme_of, stack
+from .storage import named_experts, scheme_of, stack
 
 EXPERTS_FUNCTION = "moesmith"
 DECODING_ROWS = 64  # routed rows of a few tokens
+
+
+class Observer(Protocol):
+    """What `experts_observer` is called with, after the output is known. Nothing may be changed in place."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        rows: Tensor,
+        routing: Routing,
+        output: Tensor,
+    ) -> None:
+        """hidden_states (T, H); top_k_index (T, K), original ids; top_k_weights (T, K); rows (R, H): what
+        each routed expert gave, unweighted, sorted by expert; output (T, H).
+        """
 
 
 def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -30,7 +56,11 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
 
     Ids equal to `num_experts` mean "computed elsewhere" (expert parallelism) and contribute nothing.
     """
-    if scheme_of(module) is None:
+    kept = getattr(module, "experts_kept", None)
+    observer: Observer | None = getattr(module, "experts_observer", None)
+    if kept is not None:
+        top_k_index = kept[top_k_index]
+    if scheme_of(module) is None and observer is None:
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)
 
     routing = sort_by_expert(top_k_index, module.num_experts)
@@ -41,13 +71,37 @@ def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top
     h_RH = _project(module, "down_proj", h_RF, routing, expert_index)
     if module.has_post_expert_norm:
         h_RH = module.post_expert_norm(h_RH)
-    return combine_rows(h_RH, top_k_weights, routing).to(hidden_states.dtype)
+    output = combine_rows(h_RH, top_k_weights, routing).to(hidden_states.dtype)
+    if observer is not None:
+        observer(module, hidden_states, top_k_index, top_k_weights, h_RH, routing, output)
+    return output
+
+
+@contextmanager
+def use_experts_function(model: nn.Module) -> Iterator[None]:
+    """Send the experts of a transformers model through this function; what was chosen before comes back."""
+    configs = {id(module.config): module.config for _, module in named_experts(model)}
+    before = [(config, config._experts_implementation_internal) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation_internal = EXPERTS_FUNCTION
+        yield
+    finally:
+        for config, implementation in before:
+            config._experts_implementation_internal = implementation
 
 
 def _project(module: Any, name: str, x: Tensor, routing: Routing, expert_index: Tensor | None) -> Tensor:
     """One projection of every routed row by its expert: packed weight, adapters, bias."""
-    lora = _adapter(module, name, x)
-    y = grouped_linear(x, stack(module, name), routing.offsets, lora=lora, transposed=module.is_transposed)
+    if scheme_of(module) is None:
+        y = _grouped_linear(
+            x, getattr(module, name), routing.offsets_tensor[1:], is_transposed=module.is_transposed
+        )
+    else:
+        lora = _adapter(module, name, x)
+        y = grouped_linear(
+            x, stack(module, name), routing.offsets, lora=lora, transposed=module.is_transposed
+        )
     if expert_index is not None:
         y = y + getattr(module, name + "_bias")[expert_index]
     return y

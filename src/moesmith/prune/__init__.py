@@ -1,0 +1,1 @@
+"""Floor 4: which experts matter, and which to drop."""

@@ -67,6 +67,9 @@ bench: env
 	$(PY) benchmarks/decode.py > $(OUT)/decode.jsonl
 	$(PY) benchmarks/quantize.py > $(OUT)/quantize.jsonl
 	$(PY) benchmarks/load_memory.py > $(OUT)/load_memory.jsonl
+	$(PY) benchmarks/profile_pass.py > $(OUT)/profile_pass.jsonl
+	$(PY) benchmarks/profile_stream.py > $(OUT)/profile_stream.jsonl
+	$(PY) benchmarks/prune_copy.py > $(OUT)/prune_copy.jsonl
 
 gpu: env
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch %s sees no CUDA device" % torch.__version__)'

@@ -31,6 +31,11 @@ FIRST = (
     "quantize",
     "sft",
     "chat",
+    "profile",
+    "compare",
+    "prune",
+    "heal",
+    "verify",
 )  # in the order one meets them; the others follow by name
 
 OUT_OF_MEMORY = (

@@ -10,6 +10,7 @@ import torch
 from moesmith import cli
 from moesmith.experts.report import count
 from moesmith.jobs import quantize as job
+from moesmith.jobs._folder import INCOMPLETE
 from moesmith.models.checkpoint import Checkpoint, fingerprint
 
 
@@ -103,7 +104,7 @@ def test_a_killed_run_leaves_no_folder_and_the_next_one_succeeds(checkpoint, tmp
     with monkeypatch.context() as patch:
         patch.setattr(job, "prove", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert cli.main(["quantize", str(checkpoint("olmoe")), "--out", str(out)]) == 130
-    assert not out.exists() and (tmp_path / "out.tmp" / job.INCOMPLETE).exists()
+    assert not out.exists() and (tmp_path / "out.tmp" / INCOMPLETE).exists()
     quantize(capsys, checkpoint("olmoe"), out)
     assert out.exists() and not (tmp_path / "out.tmp").exists()
 

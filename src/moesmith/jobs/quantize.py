@@ -8,7 +8,6 @@ renamed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesmith import console
 from moesmith.config import JobConfig, write_atomically
 from moesmith.errors import UserError
+from moesmith.jobs._folder import check_place, check_space, finish_folder, start_folder
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,7 +33,6 @@ OUT_OF_MEMORY = (
     "packing needs the packed size plus one layer; free memory, or choose fewer bits: --scheme nf4"
 )
 
-INCOMPLETE = ".incomplete"  # marks a folder that a killed run left behind
 PROOF_TEXT = (
     "The capital of Lithuania is Vilnius. 12 + 30 = 42, and a mixture of experts picks a few of many."
 )
@@ -91,7 +90,7 @@ def run(cfg: Config) -> None:
     check_architecture(checkpoint.config)
     refuse_quantised(checkpoint.quantization, cfg.model)
     check_place(cfg.out, source, cfg.overwrite)
-    check_space(cfg.out, estimate(checkpoint.config, cfg))
+    check_space(cfg.out, estimate(checkpoint.config, cfg), "the packed model")
     load = model_class(checkpoint.config).from_pretrained
     if not console.stderr().is_terminal:
         from transformers.utils import logging
@@ -186,21 +185,6 @@ def refuse_quantised(quantization: dict[str, Any] | None, model: str) -> None:
     )
 
 
-def check_place(out: Path, source: Path, overwrite: bool) -> None:
-    """Raise UserError unless `out` is free to be created or, with `overwrite`, an earlier output of ours."""
-    if out.resolve() == source.resolve():
-        raise UserError(f"--out {out} is the model itself")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise UserError(f"{out} exists", "choose another --out, or --overwrite to replace it")
-    if not (out / "moesmith.json").is_file():
-        raise UserError(
-            f"{out} was not written by moesmith quantize, so --overwrite leaves it alone",
-            "choose another --out",
-        )
-
-
 def estimate(config: dict[str, Any], cfg: Config) -> int:
     """Bytes the packed checkpoint will take, from the config alone; an upper bound by a few percent."""
     from moesmith.models.anatomy import dissect, meta_model
@@ -216,34 +200,7 @@ def estimate(config: dict[str, Any], cfg: Config) -> int:
     return anatomy.expert_bytes[title] + linears + width * sum(anatomy.rest.values())
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raise UserError when the disk of `out` has less than `needed` bytes and 1 % free."""
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < 1.01 * needed:
-        raise UserError(
-            f"{folder} has {console.size(free)} free, the packed model takes {console.size(needed)}",
-            "free some space, or give --out on another disk",
-        )
-
-
 # ---------------------------------------------------------------- the folder
-
-
-def start_folder(out: Path) -> Path:
-    """A fresh `<out>.tmp`, marked incomplete. What a killed run left there is removed, nothing else."""
-    temporary = out.with_name(out.name + ".tmp")
-    if temporary.exists():
-        if not (temporary / INCOMPLETE).exists():
-            raise UserError(
-                f"{temporary} is in the way", "moesmith writes there first; move it or choose another --out"
-            )
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    (temporary / INCOMPLETE).touch()
-    return temporary
 
 
 def save(model: Any, folder: Path, beside: list[Path]) -> None:
@@ -257,21 +214,6 @@ def save(model: Any, folder: Path, beside: list[Path]) -> None:
     for file in beside:
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
-
-
-def finish_folder(temporary: Path, out: Path) -> None:
-    """Put the finished folder in its place; one that stood there is removed last."""
-    for file in temporary.iterdir():
-        file.chmod(0o644)  # safetensors makes files only their owner can read
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    (temporary / INCOMPLETE).unlink()
-    replaced = out.with_name(out.name + ".old")
-    if out.exists():
-        out.rename(replaced)
-    temporary.rename(out)
-    if replaced.exists():
-        shutil.rmtree(replaced)
 
 
 # ---------------------------------------------------------------- the proof and the words

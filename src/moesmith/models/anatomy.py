@@ -47,19 +47,30 @@ def meta_model(config: dict[str, Any]) -> nn.Module:
         # Only a file goes through all of transformers' own reading (infinities, keys that are numbers).
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(config))
-            known = transformers.AutoConfig.from_pretrained(folder)
+            known = _config_class(config).from_pretrained(folder)
         with torch.device("meta"):
             return model_class(config)._from_config(known, dtype=torch.bfloat16)
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         raise UserError(
-            f"transformers {transformers.__version__} cannot build this {config['model_type']} config: "
+            f"transformers {transformers.__version__} cannot build this {config.get('model_type')} config: "
             + " ".join(str(error).split())[:200],
             "config.json may come from another version; compare its transformers_version",
         ) from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _config_class(config: dict[str, Any]) -> Any:
+    """AutoConfig, or the class's own config where AutoConfig has no name for it (a model inside another)."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return (
+        transformers.AutoConfig
+        if config["model_type"] in CONFIG_MAPPING
+        else model_class(config).config_class
+    )
 
 
 @dataclass

@@ -40,6 +40,8 @@ class MoELayer:
     """groups that group-limited routing compares first; 1 without them"""
     model_type: str
     """of the config the experts were built from"""
+    topk_group: int = 1
+    """of these groups, how many a token's experts come from"""
 
     @property
     def family(self) -> Family:
@@ -57,6 +59,17 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         if is_experts(module):
             layers.append(_moe_layer(model, name, module))
     return layers
+
+
+def text_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers that text runs through: of the text decoder, without experts kept for images.
+
+    `dots3_note` has vision experts too, `qwen3_omni_moe` a talker; `ernie4_5_vl_moe` has both in a layer.
+    """
+    config = getattr(_bare(model), "config", None)
+    text = "" if config is None else config.get_text_config().model_type
+    layers = [layer for layer in moe_layers(model) if text in (layer.model_type, "")]
+    return [layer for layer in layers if not set(layer.name.split(".")) & set(layer.family.no_adapter)]
 
 
 def _moe_layer(model: nn.Module, name: str, experts: Any) -> MoELayer:
@@ -80,6 +93,7 @@ def _moe_layer(model: nn.Module, name: str, experts: Any) -> MoELayer:
         top_k=_first((router, block, experts.config), _TOP_K),
         n_group=_first((router, experts.config), _GROUPS, default=1) or 1,
         model_type=model_type,
+        topk_group=_first((router, experts.config), ("topk_group",), default=1),
     )
 
 
@@ -182,7 +196,7 @@ def _refuse_unsound(
     model: nn.Module, placements: list[str], modules: list[str], parameters: list[str]
 ) -> None:
     """UserError for adapters that could be trained but not loaded or merged, or that would spread."""
-    for layer in _text_layers(model):
+    for layer in text_layers(model):
         lost = layer.family.lost_adapters
         for placement in placements:
             if placement in lost:
@@ -219,7 +233,7 @@ def _all_targets(model: nn.Module) -> dict[str, tuple[list[str], list[str]]]:
         for kind, of_kind in zip(found[placement], targets, strict=True):
             kind.extend(name for name in of_kind if name not in kind)
 
-    layers = _text_layers(model)
+    layers = text_layers(model)
     with_experts = {above for layer in layers for above in _up_to_decoder_layer(layer.name)}
     stacks = {_decoder_layer(layer.name).rpartition(".")[0]: layer.family for layer in layers}
     for stack, names in stacks.items():
@@ -265,13 +279,6 @@ def _targets(
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear, quantised or not, but no architecture's subclass with its own forward (deepseek_v4)."""
     return isinstance(module, nn.Linear) and not type(module).__module__.startswith("transformers.models.")
-
-
-def _text_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers of the text decoder (`dots3_note` has vision experts too, `qwen3_omni_moe` a talker)."""
-    config = getattr(_bare(model), "config", None)
-    text = "" if config is None else config.get_text_config().model_type
-    return [layer for layer in moe_layers(model) if text in (layer.model_type, "")]
 
 
 def _decoder_layer(name: str) -> str:

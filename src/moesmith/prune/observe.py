@@ -152,13 +152,14 @@ class Collector:
         expert_R = torch.repeat_interleave(
             torch.arange(num_experts, device=rows.device), routing.tokens_per_expert, output_size=len(rows)
         )
-        norm_R = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32).double()
         gate_R = top_k_weights.reshape(-1)[routing.perm].double()
         # A weight of exactly 0 is a slot that routes nowhere (zaya's skip expert), filled with some id.
         local_R = batch.local.to(rows.device)[routing.token_index].where(gate_R != 0, batch.num_documents)
+        real_R = local_R < batch.num_documents
+        norm_R, largest_R, summed = _measure(rows, real_R, routing.offsets)
         token_R = routing.token_index
         turned_T = torch.full((batch.tokens,), torch.nan, dtype=torch.float64, device=rows.device)
-        output_sq_T = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).double().square()
+        output_sq_T = output.float().square().sum(dim=-1, dtype=torch.float64)
         if residual is not None:
             turned_T = _turned(residual, output)
         weighted_sq_R = (gate_R * norm_R).square()
@@ -182,18 +183,14 @@ class Collector:
 
         state["per_document"].index_add_(0, batch.documents, of_document[..., _OF_DOCUMENT])
         state["sums"].index_add_(0, batch.domains, of_document)
-        real_R = local_R < batch.num_documents
         key_R = torch.where(
             real_R, batch.domain_of(local_R) * num_experts + expert_R, state["max_norm"].numel()
         )
-        for name, largest_R in (
-            ("max_norm", norm_R),
-            ("max_abs", torch.linalg.vector_norm(rows, ord=torch.inf, dim=-1, dtype=torch.float32).double()),
-        ):
+        for name, values_R in (("max_norm", norm_R), ("max_abs", largest_R)):
             flat = torch.cat([state[name].flatten(), state[name].new_zeros(1)])
-            flat.scatter_reduce_(0, key_R.cpu(), largest_R.cpu(), "amax")
+            flat.scatter_reduce_(0, key_R.cpu(), values_R.cpu(), "amax")
             state[name] = flat[:-1].view_as(state[name])
-        state["output"] += _column_sums(rows, real_R, routing.offsets).cpu()
+        state["output"] += summed.cpu()
         chosen = torch.zeros(batch.tokens, num_experts, device=rows.device)
         chosen.scatter_(1, top_k_index.clamp(max=num_experts - 1), 1.0)
         chosen = chosen[batch.local.to(rows.device) < batch.num_documents]
@@ -241,6 +238,7 @@ class Collector:
             num_experts=layer.num_experts,
             top_k=layer.top_k,
             n_group=layer.n_group,
+            topk_group=layer.topk_group,
             sums={**sums, "prompt_norm": prompt_norm},
             max_norm=state["max_norm"],
             max_abs=state["max_abs"],
@@ -337,11 +335,23 @@ def _turned(residual: Tensor, output: Tensor) -> Tensor:
     return (1 - (hh + hy) / norms.clamp_min(1e-30)).clamp_min(0)
 
 
-def _column_sums(rows: Tensor, real: Tensor, offsets: list[int]) -> Tensor:
-    """Sum of each expert's rows without padding, (R, H) -> (E, H) fp32."""
+PIECE = 256  # rows in fp32 that stay in a CPU's cache while they are measured
+
+
+def _measure(rows: Tensor, real: Tensor, offsets: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm and largest absolute element of every row, (R,) fp64 each; sum of each expert's real rows, (E, H).
+
+    In fp32, a few rows of one expert at a time: three passes over all rows in fp32 would cost as much as the
+    rest of the observation.
+    """
     whole = bool(real.all())
-    sums = []
-    for start, end in zip(offsets[:-1], offsets[1:], strict=True):
-        mine = rows[start:end]
-        sums.append((mine if whole else mine[real[start:end]]).sum(dim=0, dtype=torch.float32))
-    return torch.stack(sums)
+    norms, largest = rows.new_empty(2, len(rows), dtype=torch.float32)
+    sums = rows.new_zeros(len(offsets) - 1, rows.shape[-1], dtype=torch.float32)
+    for expert, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for first in range(start, end, PIECE):
+            part = slice(first, min(first + PIECE, end))
+            f = rows[part].float()
+            torch.linalg.vector_norm(f, dim=-1, out=norms[part])
+            torch.maximum(f.amax(dim=-1), -f.amin(dim=-1), out=largest[part])  # 4x faster than the norm
+            sums[expert] += (f if whole else f[real[part]]).sum(dim=0)
+    return norms.double(), largest.double(), sums

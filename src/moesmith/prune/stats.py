@@ -76,6 +76,8 @@ class LayerStats:
     """(E, E) fp64: tokens routed to both"""
     per_document: dict[str, Tensor]
     """(N, E) fp64 for each name in PER_DOCUMENT"""
+    topk_group: int = 1
+    """groups that a token's experts may come from, where routing is limited to groups"""
 
     def total(self, name: str) -> Tensor:
         """A sum over all domains, (E,)."""
@@ -111,7 +113,7 @@ class Profile:
         for index, stats in enumerate(self.layers):
             for name, tensor in _tensors(stats).items():
                 tensors[f"{index}.{name}"] = tensor.contiguous()
-            keys = ("name", "layer", "num_experts", "top_k", "n_group")
+            keys = ("name", "layer", "num_experts", "top_k", "n_group", "topk_group")
             layers.append({key: getattr(stats, key) for key in keys})
         temporary = folder / (STATS + ".tmp")
         save_file(tensors, temporary, metadata={"format": "pt"})

@@ -129,6 +129,8 @@ def run_sft(
 class Session:
     """A training run, ready to start: everything is built and checked, nothing has been trained."""
 
+    trainer_class: type[Trainer] = Trainer
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -232,7 +234,7 @@ class Session:
     def _trainer(self, bar: console.Bar, first: bool) -> tuple[Trainer, ProgressCallback, EvaluationCallback]:
         settings = self.cfg.train
         values = {name: p.detach().clone() for name, p in trainable(self.model).items()}
-        trainer = Trainer(
+        trainer = self.trainer_class(
             self.model,
             args=_arguments(self.cfg, self.folder, self.plan, bool(self.held_out), first),
             train_dataset=to_dataset(self.sequences),
@@ -243,6 +245,7 @@ class Session:
             max_nonfinite=settings.max_nonfinite,
             keep_checkpoints=settings.keep_checkpoints,
         )
+        self.prepare(trainer)
         cast_trainable(self.model, values, getattr(torch, settings.adapter_dtype))
         shortest = min((e for sequence in self.sequences for e in sequence), key=len)
         alone = Collator(_pad_token(self.tokenizer), packed=False)
@@ -267,6 +270,9 @@ class Session:
 
             trainer.add_callback(TensorBoardCallback(SummaryWriter(self.folder.path / "tensorboard")))
         return trainer, progress, evaluation
+
+    def prepare(self, trainer: Trainer) -> None:
+        """What another loss needs, before the first batch."""
 
     def _finish(self, trainer: Trainer, seen: int, stopped_early: bool) -> SFTResult:
         trainer.release()

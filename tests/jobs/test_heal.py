@@ -1,0 +1,168 @@
+"""`moesmith heal` on a tiny model: kept when it helps, reverted when not, and it goes on when stopped."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from chats import CHATML, tokenizer, write_jsonl
+from moesmith import ExpertsConfig, cli
+from moesmith.data import leaks
+from moesmith.data.corpora import Document, write_documents
+from moesmith.jobs import heal
+from moesmith.models.layers import moe_layers
+from moesmith.models.surgery import slice_model
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma".split()
+
+
+@pytest.fixture(scope="module")
+def folders(checkpoint, tmp_path_factory):
+    """A teacher, the same without three of its experts, and text of one domain."""
+    root = tmp_path_factory.mktemp("heal")
+    teacher = AutoModelForCausalLM.from_pretrained(checkpoint("olmoe"))
+    teacher.save_pretrained(root / "teacher")
+    tokenizer(CHATML).save_pretrained(root / "teacher")
+    slice_model(teacher, {layer.name: [0, 1, 2, 4, 6] for layer in moe_layers(teacher)})
+    teacher.save_pretrained(root / "pruned")
+    tokenizer(CHATML).save_pretrained(root / "pruned")
+    rows = [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(3, 12)) + f" {i * 37}" for i in range(60)]
+    write_jsonl(root / "rows.jsonl", [{"text": row} for row in rows])
+    return root
+
+
+def options(folders, out, *more):
+    return [
+        "heal", str(folders / "pruned"), "--teacher", str(folders / "teacher"), "--out", str(out),
+        "--corpus", f"words={folders / 'rows.jsonl'}", "--max-length", "64", "--canary", "0",
+        "--router.max-steps", "6", "--router.lr", "0.02", "--router.warmup", "0",
+        "--router.gradient-checkpointing", "false", "--router.dtype", "float32",
+        *(() if "--stages" in more else ("--stages", "router")), *more,
+    ]  # fmt: skip
+
+
+def command(capsys, *args):
+    status = cli.main([*args])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_stage_that_helps_is_kept_written_and_proved(folders, tmp_path, capsys):
+    status, out, _ = command(capsys, *options(folders, tmp_path / "healed"))
+    assert status == 0, out
+    assert "kept: KL -" in out
+    record = json.loads((tmp_path / "healed" / "heal.json").read_text())
+    assert record["accepted"] == ["router"]
+    assert record["after"]["kl"]["mean"] < record["before"]["kl"]["mean"]
+    assert record["proof"]["tensors"] > 0
+    assert (tmp_path / "healed" / "report.html").exists()
+    assert not (tmp_path / "healed.work").exists() and not (tmp_path / "healed.tmp").exists()
+
+    healed = AutoModelForCausalLM.from_pretrained(tmp_path / "healed")
+    pruned = AutoModelForCausalLM.from_pretrained(folders / "pruned")
+    changed = {
+        name
+        for name, tensor in healed.state_dict().items()
+        if not torch.equal(tensor, pruned.state_dict()[name])
+    }
+    assert changed == {f"{layer.router}.weight" for layer in moe_layers(healed)}
+
+
+def test_a_stage_that_does_not_help_is_reverted(folders, tmp_path, capsys):
+    wild = options(folders, tmp_path / "out", "--router.lr", "30", "--router.max-grad-norm", "0")
+    status, out, _ = command(capsys, *wild)
+    assert status == 0, out
+    assert "reverted: " in out and "stays as it is" in out
+    record = json.loads((tmp_path / "out" / "heal.json").read_text())
+    assert record["accepted"] == [] and record["before"] == record["after"]
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_packed_model_keeps_its_lora_beside_it(folders, tmp_path, capsys):
+    from peft import PeftModel
+
+    for name in ("teacher", "pruned"):
+        model = AutoModelForCausalLM.from_pretrained(
+            folders / name, quantization_config=ExpertsConfig("int8"), dtype=torch.float32
+        )
+        model.save_pretrained(tmp_path / name)
+        tokenizer(CHATML).save_pretrained(tmp_path / name)
+    shutil.copy(folders / "rows.jsonl", tmp_path)
+    args = options(tmp_path, tmp_path / "out", "--stages", "lora", "--lora.max-steps", "6")
+    args += ["--lora.lr", "0.003", "--lora.warmup", "0", "--lora.gradient-checkpointing", "false"]
+    status, out, err = command(capsys, *args)
+    assert status == 0, err
+    record = json.loads((tmp_path / "out" / "heal.json").read_text())
+    assert record["accepted"] == ["lora"], record["stages"]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[3, 20, 30, 40]])
+    with torch.no_grad():
+        alone = base(input_ids=ids).logits
+        together = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter").eval()(input_ids=ids).logits
+    assert not torch.equal(alone, together)
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(folders, tmp_path, capsys, monkeypatch):
+    status, _, _ = command(capsys, *options(folders, tmp_path / "whole"))
+    assert status == 0
+
+    measure, calls = heal.Judge.measure, []
+
+    def stop_after_training(self, model):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measure(self, model)
+
+    monkeypatch.setattr(heal.Judge, "measure", stop_after_training)
+    status, _, _ = command(capsys, *options(folders, tmp_path / "out"))
+    assert status != 0 and not (tmp_path / "out").exists()
+    assert (tmp_path / "out.work" / "router" / "result.json").exists()
+
+    monkeypatch.setattr(heal.Judge, "measure", measure)
+    status, _, err = command(capsys, *options(folders, tmp_path / "out"))
+    assert status == 0 and "going on with" in err
+    whole, again = (json.loads((tmp_path / name / "heal.json").read_text()) for name in ("whole", "out"))
+    assert whole["stages"] == again["stages"]
+
+
+def test_other_options_do_not_go_on_with_an_unfinished_run(folders, tmp_path, capsys, monkeypatch):
+    def stop(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(heal, "teach", stop)
+    command(capsys, *options(folders, tmp_path / "out"))
+    status, _, err = command(capsys, *options(folders, tmp_path / "out", "--seed", "5"))
+    assert status == 2 and "unfinished run with another seed" in err
+
+
+def test_text_is_needed_and_only_once(folders, tmp_path, capsys):
+    args = [
+        "heal",
+        str(folders / "pruned"),
+        "--teacher",
+        str(folders / "teacher"),
+        "--out",
+        str(tmp_path / "x"),
+    ]
+    status, _, err = command(capsys, *args)
+    assert status == 2 and "either --profile or --corpus" in err
+
+
+def test_a_profile_that_judges_on_what_it_trains_on_is_refused(folders, tmp_path, capsys):
+    words = tokenizer(CHATML)
+    texts = [" ".join(WORDS[i:] + WORDS[:i]) for i in range(12)]
+    documents = [Document(f"words/{i}", "words", text, words(text).input_ids) for i, text in enumerate(texts)]
+    profile = tmp_path / "prof"
+    profile.mkdir()
+    (profile / "profile.json").write_text("{}")
+    write_documents(profile / "documents.jsonl", documents)
+    write_documents(profile / "held_out.jsonl", documents[:2])
+    leaks.write(profile / leaks.NGRAMS, leaks.collect(documents))
+    args = options(folders, tmp_path / "out")
+    at = args.index("--corpus")
+    args[at : at + 2] = ["--profile", str(profile)]
+    status, _, err = command(capsys, *args)
+    assert status == 2 and "words/0" in err

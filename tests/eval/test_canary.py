@@ -11,12 +11,12 @@ from moesmith.eval.canary import (
     Canary,
     canary,
     compare,
-    continuations,
     looped,
     report_section,
     sign_test,
     worse,
 )
+from moesmith.eval.greedy import continuations
 
 FRESH = list(range(1000, 1400))  # tokens that never repeat
 

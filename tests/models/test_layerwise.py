@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import tiny
 from moesmith import ExpertsConfig
@@ -132,6 +133,17 @@ def test_a_layer_that_cannot_be_followed_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(UserError, match="layer 3 depends on a layer before"):
         layerwise.run([{"input_ids": torch.arange(8)[None]}], tmp_path / "spool")
     assert model is not None
+
+
+def test_a_cache_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    layerwise = Layerwise.open(checkpoint("olmoe"))
+    chunk = {"input_ids": torch.arange(8)[None]}
+    hook = layerwise.model.model.register_forward_pre_hook(
+        lambda _module, args, kwargs: (args, kwargs | {"past_key_values": DynamicCache()}), with_kwargs=True
+    )
+    with pytest.raises(UserError, match="keeps a cache"):
+        layerwise.run([chunk], tmp_path)
+    hook.remove()
 
 
 def test_one_layer_at_a_time(checkpoint: Checkpoints, tmp_path: Path) -> None:

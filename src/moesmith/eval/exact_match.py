@@ -15,6 +15,7 @@ import torch
 
 from moesmith.errors import UserError
 
+from .greedy import continuations
 from .interval import wilson
 
 Score = Callable[[dict[str, Any], str], float]
@@ -141,34 +142,9 @@ def evaluate_exact_match(
 def generate(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[tuple[str, bool]]:
-    """Greedy continuations of token ids as text without special tokens, and whether each was cut.
-
-    Rows are padded on the left and masked, so a row's answer does not depend on its neighbours.
-    """
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :] = torch.tensor(prompt)
-        mask[i, width - len(prompt) :] = 1
-    stops = _stop_ids(model, tokenizer)
-    out = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=stops,
-        pad_token_id=pad,
-    )
-    results = []
-    for new in out[:, width:].tolist():
-        end = next((i for i, token in enumerate(new) if token in stops), None)
-        results.append((tokenizer.decode(new[:end], skip_special_tokens=True).strip(), end is None))
-    return results
+    """Greedy continuations of token ids as text without special tokens, and whether each was cut."""
+    said = continuations(model, tokenizer, prompts, max_new_tokens)
+    return [(tokenizer.decode(ids, skip_special_tokens=True).strip(), not ended) for ids, ended in said]
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -188,9 +164,3 @@ def _prompt(tokenizer: Any, row: dict[str, Any], number: int) -> list[int]:
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise UserError(f"row {number}: wanted messages that end in the gold answer, an assistant turn")
     return chat_prompt(tokenizer, messages[:-1])
-
-
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    own = model.generation_config.eos_token_id
-    ids = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    return sorted({token for token in ids if token is not None})

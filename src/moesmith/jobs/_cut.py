@@ -294,7 +294,11 @@ def reasons(measured: Mapping[str, Any]) -> list[str]:
         worst = max(above, key=lambda name: above[name]["ratio"])
         part = above[worst]
         low, high = (change(end) for end in part["ci"])
-        more = f", the worst of {len(above)} domains above {change(SAFE[1])}" if len(above) > 1 else ""
+        more = (
+            f", the worst of {len(above)} domains that may be above {change(SAFE[1])}"
+            if len(above) > 1
+            else ""
+        )
         found.append(f"perplexity on {worst} {change(part['ratio'])} [{low}, {high}]{more}")
     return found
 

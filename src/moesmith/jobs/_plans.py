@@ -499,7 +499,9 @@ def write_evidence(folder: Path, record: Mapping[str, Any]) -> Path:
         return one["name"], json.dumps(one["domains"], sort_keys=True), one["router"]
 
     earlier, found = _read_record(folder), list(record["evidence"])
-    if earlier is not None and all(earlier.get(k) == record[k] for k in ("profile_hash", "text_hash", "identity")):
+    if earlier is not None and all(
+        earlier.get(k) == record[k] for k in ("profile_hash", "text_hash", "identity")
+    ):
         known = {key(one) for one in found}
         found += [one for one in earlier["evidence"] if key(one) not in known]
     write_atomically(folder / FILE, json.dumps({**record, "evidence": found}, indent=1) + "\n")

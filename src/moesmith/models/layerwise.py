@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from moesmith.errors import UserError
 
@@ -58,7 +59,8 @@ class Layerwise(PartialModel):
             around_chunk: context entered with a chunk's number, for its forward.
             on_layer: called with a layer's number when all chunks went through, before the layer counts as
                 done: results written here are complete when the run goes on behind them.
-            on_output: called with a chunk's number and the model's last hidden state (B, S, H).
+            on_output: called with a chunk's number and the model's last hidden state (B, S, H). Not for a
+                model whose last norm reads more layers than its last layer does.
 
         Raises:
             UserError: the spool belongs to another run, the disk is full, or an architecture whose layers
@@ -145,6 +147,12 @@ class Layerwise(PartialModel):
         output: list[Any] = []
 
         def before(_module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+                raise UserError(
+                    f"{type(self.model).__name__} keeps a cache even when told not to: its layers cannot be "
+                    "run one at a time",
+                    "profile it in memory, without --stream",
+                )
             given[:] = [{key: dict(holder) for key, holder in _holders(args, kwargs)}]
 
         def after(_module: nn.Module, args: tuple, kwargs: dict[str, Any], result: Any) -> None:

@@ -33,8 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import load_memory
 from common import arguments, emit, in_turns, say, table, thread_env
-from load_memory import make
 
 GB = 1e9
 ROLES = ("make", "copy", "whole")
@@ -181,14 +181,13 @@ def main() -> None:
     parser.add_argument("--role", choices=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    keep = min(args.keep, 6) if args.small else args.keep
+    keep = min(args.keep, 12) if args.small else args.keep
+    load_memory.SMALL["num_experts"] = 16  # with 8, top-8 models could not lose one
     if args.role == "make":
         from moesmith.models.rewrite import plan_tensors
 
         source = args.path / "in"
-        figures = make(source, args.families[0], 2, args.small)
-        if args.small:
-            keep = max(keep, 8)  # top-8 models
+        figures = load_memory.make(source, args.families[0], 2, args.small)
         (args.path / "plan.pickle").write_bytes(pickle.dumps(plan_tensors(source, choose(source, keep))))
         return print(json.dumps(figures))
     if args.role:

@@ -215,12 +215,26 @@ def test_prompts_are_answered_greedily_and_replayed_with_their_answers(model, pr
     assert "10 of at most 12 tokens" in capsys.readouterr().out
 
 
-def test_answers_of_an_earlier_profile_are_a_corpus(model, prompts, tmp_path):
+def test_answers_of_an_earlier_profile_are_taken_to_the_token(model, prompts, tmp_path):
     assert run(model, tmp_path / "a", "--prompts", prompts) == 0
-    answered = tmp_path / "a" / "generated.jsonl"
-    assert run(model, tmp_path / "b", "--prompts", answered, "--stream") == 0
-    assert not (tmp_path / "b" / "generated.jsonl").exists()
-    assert Profile.read(tmp_path / "b").domains == Profile.read(tmp_path / "a").domains
+    rows = read_rows(tmp_path / "a")
+    rows[0] |= {"response": "", "response_ids": []}  # a model may end at once
+    rows[1] |= {"repeats_from": 5}
+    answered = write_jsonl(tmp_path / "answered.jsonl", rows)
+    assert run(model, tmp_path / "b", "--prompts", answered, "--stream") == 0  # which asks for nothing
+    before, after = ({tuple(d["ids"]) for d in every(tmp_path / name)} for name in ("a", "b"))
+    assert len(before) == len(after) == 10
+    changed = [tuple(asked(row) + row["response_ids"][: row["repeats_from"]]) for row in rows[:2]]
+    assert after - before == set(changed)
+
+
+def asked(row):
+    return tokenizer().apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+
+
+def every(folder):
+    files = (folder / "documents.jsonl", folder / "held_out.jsonl")
+    return [json.loads(line) for file in files for line in file.open()]
 
 
 def test_sampled_answers_are_repeatable_and_follow_the_seed(model, prompts, tmp_path):
@@ -312,14 +326,9 @@ def test_killed_answers_go_on_where_they_were(model, prompts, tmp_path, monkeypa
     generated.write_text("\n".join([*lines[:-2], lines[-2][:40]]))  # and the last line is torn
     calls = stop_at(monkeypatch, _answers, "answer_batch", -1)
     assert run(model, out, "--prompts", prompts, "--overwrite") == 0  # there is nothing to start over for
-    assert len(calls) == len(groups([row_length(r) for r in read_rows(tmp_path / "whole")], 256)) - 1
+    assert len(calls) == len(groups([len(asked(row)) + 12 for row in read_rows(tmp_path / "whole")], 256)) - 1
     assert read_rows(out) == read_rows(tmp_path / "whole")
     assert_same_bits(Profile.read(tmp_path / "whole"), Profile.read(out))
-
-
-def row_length(row):
-    asked = tokenizer().apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
-    return len(asked) + 12
 
 
 def read_rows(folder):

@@ -270,14 +270,16 @@ class Reader:
         """One row, rendered. Raises RowError with the reason it is dropped for."""
         if row.problem:
             raise RowError(row.problem, row.detail)
-        talk, asks = self.talk(row.value)
+        answered = self.answered(domain, row)
+        if answered is not None:
+            return answered
+        talk, asks = self.talk(row.value, self.generate)
         limit = self.max_length if self.tokens is None else max(self.max_length, self.tokens // ROW_SHARE)
         if talk.plain is not None:
             text = content = talk.plain[1][: limit * LONGEST_TOKEN]
             ids = self.plain_ids(text)
         else:
-            said = [m["content"] for m in talk.messages if m["role"] not in ("system", "developer")]
-            content = "\n\n".join(part for part in said if part)
+            content = content_of(talk)
             text, ids = self.render(talk, asks)
         if not content.strip():
             raise RowError("empty")
@@ -291,19 +293,37 @@ class Reader:
         question = talk.messages if asks else None
         return Source(f"{domain}/{row.number}", domain, text, ids, content, question)
 
-    def talk(self, row: dict[str, Any]) -> tuple[Conversation, bool]:
+    def answered(self, domain: str, row: Row) -> Source | None:
+        """A row that a profile generated, with its very ids; None for any other row.
+
+        Its answer may be empty, or be cut where it goes round in circles, and its text need not give the ids
+        it was decoded from. They are taken if this tokenizer and template render the prompt as it was.
+        """
+        said = row.value.get("response_ids")
+        if self.generate is True or not isinstance(said, list) or question(row.value) is None:
+            return None
+        talk, _ = self.talk(row.value, generate=True)
+        text, ids = self.render(talk, asks=True)
+        if ids_key(ids) != row.value.get("key"):
+            return None
+        said = said[: row.value.get("repeats_from")]
+        text += self.tokenizer.decode(said)
+        name = f"{domain}/{row.number}"
+        return Source(name, domain, text, [*ids, *said], content_of(talk), generated=True)
+
+    def talk(self, row: dict[str, Any], generate: bool | None) -> tuple[Conversation, bool]:
         """The conversation in a row, and whether the model is to answer it."""
         asked = question(row)
         if asked is None:
             column = next((name for name in TEXT_COLUMNS if isinstance(row.get(name), str)), None)
             return (conversation({"text": row[column]}, "text") if column else conversation(row)), False
-        if has_answer(row) and self.generate is not True:
+        if has_answer(row) and generate is not True:
             return conversation(row), False
         # `conversation` wants an answer to learn: it gets one, which is taken off again.
         extra: dict[str, Any] = {k: row[k] for k in ("tools", "chat_template_kwargs") if k in row}
         talk = conversation({"messages": [*asked, {"role": "assistant", "content": "?"}], **extra})
         talk.messages.pop()
-        asks = self.generate is not False
+        asks = generate is not False
         if asks and self.thinking:
             talk.template_kwargs = {**dict.fromkeys(self.switch, True), **talk.template_kwargs}
         return talk, asks
@@ -319,6 +339,12 @@ class Reader:
     def plain_ids(self, text: str) -> list[int]:
         """Ids of text that no template opened: with the tokenizer's start token, without its end token."""
         return [*self.prefix, *self.tokenizer(text, add_special_tokens=False).input_ids]
+
+
+def content_of(talk: Conversation) -> str:
+    """What was said in a conversation, without system messages."""
+    said = [m["content"] for m in talk.messages if m["role"] not in ("system", "developer")]
+    return "\n\n".join(part for part in said if part)
 
 
 def question(row: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -371,6 +397,11 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     full = list(tokenizer("a").input_ids)
     start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
     return full[:start]
+
+
+def ids_key(ids: Sequence[int]) -> str:
+    """A short digest of token ids."""
+    return hashlib.sha256(",".join(map(str, ids)).encode()).hexdigest()[:16]
 
 
 def content_key(text: str) -> bytes:

@@ -6,7 +6,6 @@ same then, so the answers are too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -64,6 +63,8 @@ def answer(
     Raises:
         UserError: the model writes no text.
     """
+    from moesmith.data.corpora import ids_key
+
     asking = [source for source in sources if source.question is not None]
     if not model.can_generate():
         raise cannot_answer(model)
@@ -74,7 +75,7 @@ def answer(
     with console.bar("answering", total=len(asking) * settings.new_tokens) as bar:
         for number, group in enumerate(batches):
             batch = [asking[i] for i in group]
-            rows = [done[key] for source in batch if (key := (source.id, prompt_key(source))) in done]
+            rows = [done[key] for source in batch if (key := (source.id, ids_key(source.ids))) in done]
             if len(rows) == len(batch):
                 facts["found"] += len(rows)
             else:
@@ -100,6 +101,8 @@ def answer_batch(
     """Rows of generated.jsonl for one batch, padded on the left."""
     import torch
     from transformers import StoppingCriteriaList
+
+    from moesmith.data.corpora import ids_key
 
     ids, mask = padded([source.ids for source in batch], pad_id(tokenizer, stops), left=True)
     chosen = {"do_sample": True} if settings.sample else GREEDY
@@ -129,7 +132,7 @@ def answer_batch(
                 "response_ids": response,
                 "ended": end is not None,
                 "repeats_from": repeats_from(response),
-                "key": prompt_key(source),
+                "key": ids_key(source.ids),
             }
         )
     return rows
@@ -215,11 +218,6 @@ def pad_id(tokenizer: Any, stops: Sequence[int] = ()) -> int:
 
 
 # ---------------------------------------------------------------- the file
-
-
-def prompt_key(source: Source) -> str:
-    """Tells whether an answer on disk is for this very prompt. Before the answer is added."""
-    return hashlib.sha256(",".join(map(str, source.ids)).encode()).hexdigest()[:16]
 
 
 def read_answers(path: Path) -> dict[tuple[str, str], dict[str, Any]]:

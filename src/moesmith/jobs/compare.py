@@ -38,10 +38,10 @@ MEASURED = "measured"
 class Config(JobConfig):
     model: str
     """Model folder or hub name, 16 bits or packed: the one that was profiled, or a packed copy of it."""
-    out: Path
-    """Folder for compare.json, the report and what is measured; an unfinished one is gone on with."""
     profile: Path = Path("prof")
     """Folder that `moesmith profile` wrote."""
+    out: Path = Path("compared")
+    """Folder for compare.json, the report and what is measured; an unfinished one is gone on with."""
     keep: list[int] = []
     """Experts to keep in every layer, several counts: 64,96,109."""
     cut: list[str] = []

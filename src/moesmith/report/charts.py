@@ -270,7 +270,8 @@ def heatmap(facts: dict[str, Any], palette: dict[str, str]) -> Figure | None:
         axes.set_yticks(range(0, len(rows), step), names[: len(rows) : step])
         axes.grid(visible=False)
         axes.set(
-            xlabel="expert" + (" (dropped ones outlined)" if facts.get("dropped") else ""), ylabel="layer"
+            xlabel="expert" + (" (dropped ones outlined)" if any(items(facts.get("dropped"))) else ""),
+            ylabel="layer",
         )
         bar = picture.colorbar(image, ax=axes, pad=0.01, fraction=0.03, ticks=[0, 0.5, 1])
         bar.outline.set_visible(False)  # type: ignore[operator]

@@ -411,7 +411,7 @@ def agreement(facts: dict[str, Any]) -> Section | None:
         if records(mapping(facts.get("units")).get("per_layer"))
         else None
     )
-    words = join(_whole(note), more, " · " if more and links else None, links)
+    words = join(_whole(note), more, " " if more and links else None, links)
     return section(
         "agreement",
         "Criteria",

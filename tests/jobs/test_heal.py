@@ -12,8 +12,10 @@ from moesmith import ExpertsConfig, cli
 from moesmith.data import leaks
 from moesmith.data.corpora import Document, write_documents
 from moesmith.jobs import heal
+from moesmith.models.headers import read_headers
 from moesmith.models.layers import moe_layers
 from moesmith.models.surgery import slice_model
+from moesmith.prune.stats import Profile, identity
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma".split()
 
@@ -28,7 +30,7 @@ def folders(checkpoint, tmp_path_factory):
     slice_model(teacher, {layer.name: [0, 1, 2, 4, 6] for layer in moe_layers(teacher)})
     teacher.save_pretrained(root / "pruned")
     tokenizer(CHATML).save_pretrained(root / "pruned")
-    rows = [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(3, 12)) + f" {i * 37}" for i in range(60)]
+    rows = [" ".join(WORDS[(i * j + i) % len(WORDS)] for j in range(3, 12)) + f" {i * 37}" for i in range(90)]
     write_jsonl(root / "rows.jsonl", [{"text": row} for row in rows])
     return root
 
@@ -37,7 +39,7 @@ def options(folders, out, *more):
     return [
         "heal", str(folders / "pruned"), "--teacher", str(folders / "teacher"), "--out", str(out),
         "--corpus", f"words={folders / 'rows.jsonl'}", "--max-length", "64", "--canary", "0",
-        "--router.max-steps", "6", "--router.lr", "0.02", "--router.warmup", "0",
+        "--router.max-steps", "16", "--router.lr", "0.01", "--router.warmup", "0",
         "--router.gradient-checkpointing", "false", "--router.dtype", "float32",
         *(() if "--stages" in more else ("--stages", "router")), *more,
     ]  # fmt: skip
@@ -56,7 +58,8 @@ def test_a_stage_that_helps_is_kept_written_and_proved(folders, tmp_path, capsys
     record = json.loads((tmp_path / "healed" / "heal.json").read_text())
     assert record["accepted"] == ["router"]
     assert record["after"]["kl"]["mean"] < record["before"]["kl"]["mean"]
-    assert record["proof"]["tensors"] > 0
+    assert record["proof"]["logits"] == "bit-equal"
+    assert "## Healed" in (tmp_path / "healed" / "README.md").read_text()
     assert (tmp_path / "healed" / "report.html").exists()
     assert not (tmp_path / "healed.work").exists() and not (tmp_path / "healed.tmp").exists()
 
@@ -138,6 +141,43 @@ def test_other_options_do_not_go_on_with_an_unfinished_run(folders, tmp_path, ca
     assert status == 2 and "unfinished run with another seed" in err
 
 
+def test_what_transformers_does_not_load_is_kept(folders, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folders, tmp_path / "f")
+    file = tmp_path / "f" / "pruned" / "model.safetensors"
+    head = torch.arange(12.0).view(3, 4)
+    save_file({**load_file(file), "mtp.layers.0.weight": head}, file, metadata={"format": "pt"})
+    drops = {"layers": {}, "meta": {"evidence": {"kl": 1}}}
+    (tmp_path / "f" / "pruned" / "expert_drop_metadata.json").write_text(json.dumps(drops))
+    status, _, err = command(capsys, *options(tmp_path / "f", tmp_path / "out"))
+    assert status == 0, err
+    record = json.loads((tmp_path / "out" / "heal.json").read_text())
+    assert record["not_loaded"] == ["mtp.layers.0.weight"]
+    assert read_headers(tmp_path / "out").keys() == read_headers(tmp_path / "f" / "pruned").keys()
+    assert torch.equal(
+        load_file(tmp_path / "out" / "model-not-loaded.safetensors")["mtp.layers.0.weight"], head
+    )
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    healed = json.loads((tmp_path / "out" / "expert_drop_metadata.json").read_text())
+    assert healed["meta"] == {} and healed["healed"]["stages"] == ["router"]
+
+
+def test_every_domain_has_a_say_in_the_best_step():
+    documents = [
+        Document(f"{d}/{i}", d, None, [1, 2, 3]) for i in range(12) for d in ("a", "b", "c", "d", "e")
+    ]
+    train, dev = heal.examples(documents)
+    domains = [documents[example.row - 1].domain for example in dev]
+    assert sorted(domains) == sorted("abcde" * 2) and len(train) == 50
+
+
+@pytest.mark.parametrize("stages", ["lora,router", "router,router"])
+def test_stages_have_an_order(folders, tmp_path, capsys, stages):
+    status, _, err = command(capsys, *options(folders, tmp_path / "out", "--stages", stages))
+    assert status == 2 and "in this order" in err
+
+
 def test_text_is_needed_and_only_once(folders, tmp_path, capsys):
     args = [
         "heal",
@@ -157,7 +197,7 @@ def test_a_profile_that_judges_on_what_it_trains_on_is_refused(folders, tmp_path
     documents = [Document(f"words/{i}", "words", text, words(text).input_ids) for i, text in enumerate(texts)]
     profile = tmp_path / "prof"
     profile.mkdir()
-    (profile / "profile.json").write_text("{}")
+    Profile([], ["words"], [], identity(folders / "teacher", {8})).write(profile)
     write_documents(profile / "documents.jsonl", documents)
     write_documents(profile / "held_out.jsonl", documents[:2])
     leaks.write(profile / leaks.NGRAMS, leaks.collect(documents))

@@ -454,6 +454,9 @@ def test_a_verdict_says_what_a_hurried_person_needs():
     )
     found = verdict({"plan": figures(0.3), "random": figures(0.5), "smallest cut": figures(0.002)})
     assert "Keeping 15 of 16 would be safe" in found["sentence"]
+    vague = {**figures(0.002, width=0.1), "documents": 3}
+    found = verdict({"plan": vague, "random": figures(0.5), "smallest cut": vague})
+    assert "3 held-out documents are too few to call any cut safe" in found["sentence"]
 
 
 def test_domains_take_turns():

@@ -1,7 +1,8 @@
 """How far one model's next-token distribution is from another's, on the same text.
 
 KL(reference || candidate) in nats for every token, over the full vocabulary, in fp32; top-1 agreement; the
-loss and perplexity of both. All intervals are 95 % bootstrap over documents (`bootstrap.py`).
+loss and perplexity of both. All intervals are 95 % bootstrap over documents (`bootstrap.py`); pieces of one
+long row count as one document there, because they are not independent.
 
 Memory: the logits of one batch of at most `batch_tokens` tokens, once for the reference and once for the
 candidate at hand, plus a few pieces of 64 MB in fp32. `divergences` runs one model under several contexts
@@ -25,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moesmith.data.pieces import row_numbers
 from moesmith.errors import UserError
 
 from .bootstrap import quantile, quantile_intervals, ratio_interval
@@ -83,6 +85,15 @@ class Divergence:
         """(N,) nats, summed over the tokens of each document."""
         return np.array([part.sum(dtype=np.float64) for part in self.kl])
 
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """(N,) the row that each document is a piece of, numbered 0, 1, ...: what is independent."""
+        return np.array(row_numbers(self.ids), np.int64)
+
+    def per_row(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Values of the documents (N,), summed over the pieces of each row, (rows,)."""
+        return np.bincount(self.rows, weights=values)
+
     def select(self, domain: str) -> Divergence:
         """The documents of one domain."""
         mine = [i for i, name in enumerate(self.domains) if name == domain]
@@ -125,6 +136,7 @@ class Divergence:
     def facts(self) -> dict[str, Any]:
         """Everything for a file. Every `ci` is (low, high), or None where there is only one document.
 
+        `documents` counts rows: the pieces of a long one are not independent of each other.
         Overall figures weigh every token alike, so a domain with more tokens weighs more.
         """
         names = list(dict.fromkeys(self.domains))
@@ -143,31 +155,35 @@ class Divergence:
         tokens = self.tokens
         total = int(tokens.sum())
         kl = np.concatenate(self.kl)
-        owner = np.repeat(np.arange(len(tokens)), tokens)
+        owner = np.repeat(self.rows, tokens)
         sums = self.kl_sums
+        per_row = self.per_row(tokens)
         median_ci, p99_ci = quantile_intervals(kl, owner, (0.5, 0.99))
         more = self.nll_b - self.nll_a
         return {
             "kl": {
                 "mean": float(sums.sum() / total),
-                "ci": ratio_interval(sums, tokens),
+                "ci": ratio_interval(self.per_row(sums), per_row),
                 "median": quantile(kl, 0.5),
                 "median_ci": median_ci,
                 "p99": quantile(kl, 0.99),
                 "p99_ci": p99_ci,
                 "max": float(kl.max()),
             },
-            "top1": {"rate": float(self.agree.sum() / total), "ci": ratio_interval(self.agree, tokens)},
+            "top1": {
+                "rate": float(self.agree.sum() / total),
+                "ci": ratio_interval(self.per_row(self.agree), per_row),
+            },
             "ppl": {
                 "a": _exp(self.nll_a.sum() / total),
                 "b": _exp(self.nll_b.sum() / total),
                 "ratio": _exp(more.sum() / total),
-                "ci": ratio_interval(more, tokens, np.exp),
+                "ci": ratio_interval(self.per_row(more), per_row, np.exp),
                 "loss_a": float(self.nll_a.sum() / total),
                 "loss_b": float(self.nll_b.sum() / total),
             },
             "tokens": total,
-            "documents": len(tokens),
+            "documents": len(per_row),
         }
 
 

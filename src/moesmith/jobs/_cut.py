@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 # Llama 3 8B costs 0.031 and + 2.8 % (Q4_K_M in llama.cpp's perplexity table), 3-bit about 0.1.
 SAFE, STOP = (0.03, 1.03), (0.1, 1.10)
 
+# Rows of text below which "safe" is never said, in all and in each domain: intervals from so few are too
+# narrow. Of skewed values (KL per document) a 95 % bootstrap interval of 2 holds the true mean 48 times in
+# 100, of 5 78 times, of 20 88 times.
+FEW_DOCUMENTS, FEW_IN_DOMAIN = 20, 5
+
 PARITY_TOKENS = 64
 # Difference between written and masked logits that is rounding, as a share of the largest logit: of the
 # median token and of the worst. On a CPU both are 0 as a rule: the same rows meet the same matrices.
@@ -47,6 +52,8 @@ class Evidence:
     """see `same_logits`"""
     skipped: list[str] = field(default_factory=list)
     """what was not measured, and why"""
+    selected: str | None = None
+    """that the plan was chosen on the text it is judged on, in words"""
 
     def facts(self) -> dict[str, Any]:
         """The figures that stay with the model, without the answers themselves."""
@@ -57,6 +64,7 @@ class Evidence:
             "canary": None if canary is None else {key: canary[key] for key in keys},
             "mask_equals_slice": self.parity,
             "skipped": self.skipped,
+            "selected": self.selected,
         }
 
 
@@ -220,23 +228,55 @@ def _logits(model: Any, ids: Sequence[int]) -> Tensor:
 def grade(measured: Mapping[str, Any], compared: Mapping[str, Any] | None) -> str:
     """ "safe", "caution" or "stop".
 
-    safe: KL and every domain's perplexity are below SAFE with their whole intervals, and no more answers loop
-    or are empty. stop: one of them is above STOP with its whole interval, or answers are significantly worse.
-    caution: everything between, and everything that one document alone says.
+    safe: KL and perplexity, of every domain, are below SAFE with their whole intervals, and no more answers
+    loop or are empty. stop: one of them is above STOP with its whole interval, or answers are significantly
+    worse. caution: everything between, and everything that too few documents say (`too_few`).
 
     Args:
         measured: facts of a Divergence.
         compared: `eval.canary.compare`; None if no answers were made, which does not lower the grade.
     """
-    ends = [part["ci"] or (0.0, math.inf) for part in measured["ppl"]["per_domain"].values()]
-    low, high = measured["kl"]["ci"] or (-math.inf, math.inf)
-    if low > STOP[0] or max(end[0] for end in ends) > STOP[1]:
+    unknown = (-math.inf, math.inf)
+    ends = [part["ci"] or unknown for part in measured["ppl"]["per_domain"].values()]
+    parts = [measured, *measured["per_domain"].values()]
+    kls = [part["kl"]["ci"] or unknown for part in parts]
+    if max(kl[0] for kl in kls) > STOP[0] or max(end[0] for end in ends) > STOP[1]:
         return "stop"
     if compared and compared["significantly_worse"]:
         return "stop"
-    if high < SAFE[0] and max(end[1] for end in ends) < SAFE[1] and not (compared and compared["worse"]):
+    if too_few(measured) is not None or (compared and compared["worse"]):
+        return "caution"
+    if max(kl[1] for kl in kls) < SAFE[0] and max(end[1] for end in ends) < SAFE[1]:
         return "safe"
     return "caution"
+
+
+def too_few(measured: Mapping[str, Any]) -> str | None:
+    """Why this text is too little to call anything safe, and what to do; None if it is enough."""
+    n = measured["documents"]
+    few = {
+        name: part["documents"]
+        for name, part in measured["per_domain"].items()
+        if part["documents"] < FEW_IN_DOMAIN
+    }
+    if n >= FEW_DOCUMENTS and not few:
+        return None
+    said = [f"only {n} document{'s' if n > 1 else ''} in all, fewer than {FEW_DOCUMENTS}"]
+    said = said if n < FEW_DOCUMENTS else []
+    if few:
+        each = ", ".join(f"{count} in {name}" for name, count in few.items())
+        said.append(f"only {each}, fewer than {FEW_IN_DOMAIN} in a domain")
+    return (
+        f"{' and '.join(said)}: too few to call anything safe, their intervals are too narrow. More text: "
+        "`moesmith verify` or `compare` with --corpus NAME=FILE, or a profile with a larger --held-out"
+    )
+
+
+def seems_safe(measured: Mapping[str, Any]) -> bool:
+    """Whether the figures themselves are below SAFE, whatever their intervals say."""
+    worst = max(part["ratio"] for part in measured["ppl"]["per_domain"].values())
+    kl = max(part["kl"]["mean"] for part in (measured, *measured["per_domain"].values()))
+    return bool(kl < SAFE[0] and worst < SAFE[1])
 
 
 def verdict(evidence: Evidence | None, cut: str, smallest: str) -> dict[str, Any]:
@@ -254,13 +294,16 @@ def verdict(evidence: Evidence | None, cut: str, smallest: str) -> dict[str, Any
     points = reasons(measured) + list(compared["worse"] if compared else ())
     kl, other = measured["kl"]["mean"], evidence.rows[RANDOM]["kl"]["mean"]
     if kl < other:
-        points.append(f"dropped at random, as many experts do {other / max(kl, 1e-12):.2g} times the harm")
+        times = other / max(kl, 1e-12)
+        points.append(f"dropped at random (one draw), as many experts do {times:.2g} times the harm")
     else:
         level = "caution" if level == "safe" else level
         points.append(
-            f"dropped at random, as many experts do no more harm (KL {other:.2g}): the ranking says nothing "
-            "about this model"
+            f"dropped at random, as many experts do no more harm (KL {other:.2g}): one draw only, but the "
+            "ranking may say nothing about this model; `moesmith compare` draws more"
         )
+    if evidence.selected:
+        points.append(evidence.selected)
     words = {"safe": "safe on this text", "caution": "use with caution", "stop": "not good enough to use"}
     sentence = (
         f"{cut}: {words[level]}. KL {kl:.2g}{interval(measured['kl']['ci'])}, perplexity "
@@ -271,6 +314,11 @@ def verdict(evidence: Evidence | None, cut: str, smallest: str) -> dict[str, Any
         harm = f"KL {least['kl']['mean']:.2g}, perplexity {change(least['ppl']['overall']['ratio'])}"
         if grade(least, None) == "safe":
             sentence += f". {smallest[:1].upper()}{smallest[1:]} would be safe by these figures ({harm})"
+        elif seems_safe(least):
+            sentence += (
+                f". {least['documents']} held-out documents are too few to call any cut safe, {smallest} "
+                f"included ({harm})"
+            )
         else:
             sentence += f". No cut by this score is safe: even {smallest} costs {harm}"
     return {"level": level, "sentence": sentence, "points": [*points, *evidence.skipped]}
@@ -279,12 +327,24 @@ def verdict(evidence: Evidence | None, cut: str, smallest: str) -> dict[str, Any
 def reasons(measured: Mapping[str, Any]) -> list[str]:
     """What is above a limit, or not known well enough, in words."""
     found = []
+    few = too_few(measured)
+    if few is not None:
+        found.append(few)
     ci = measured["kl"]["ci"]
     if ci is None:
         found.append("one held-out document says nothing about others")
     elif ci[1] >= SAFE[0]:
-        bits, limit = ("3-bit", STOP[0]) if ci[0] > STOP[0] else ("4-bit", SAFE[0])
-        found.append(f"KL{interval(ci)} reaches above what {bits} quantisation costs ({limit})")
+        found.append(f"KL{interval(ci)} {_beyond(ci)}")
+    kls = {
+        name: part["kl"]
+        for name, part in measured["per_domain"].items()
+        if part["kl"]["ci"] is not None and part["kl"]["ci"][1] >= SAFE[0]
+    }
+    if kls and len(measured["per_domain"]) > 1:
+        worst = max(kls, key=lambda name: kls[name]["ci"][0])
+        ends, n = kls[worst]["ci"], len(kls)
+        more = f", the worst of {n} domains that may be above {SAFE[0]}" if n > 1 else ""
+        found.append(f"KL on {worst} {kls[worst]['mean']:.2g}{interval(ends)} {_beyond(ends)}{more}")
     above = {
         name: part
         for name, part in measured["ppl"]["per_domain"].items()
@@ -301,6 +361,11 @@ def reasons(measured: Mapping[str, Any]) -> list[str]:
         )
         found.append(f"perplexity on {worst} {change(part['ratio'])} [{low}, {high}]{more}")
     return found
+
+
+def _beyond(ci: Sequence[float]) -> str:
+    bits, limit = ("3-bit", STOP[0]) if ci[0] > STOP[0] else ("4-bit", SAFE[0])
+    return f"reaches above what {bits} quantisation costs ({limit})"
 
 
 def interval(ci: Sequence[float] | None) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from moesmith import console
 from moesmith.jobs._cut import change, grade, interval, reasons
 
-FEW_DOCUMENTS = 20
 OPENINGS = {
     "safe": "B can stand in for A",
     "caution": "B differs from A, so try it on your own work first",
@@ -40,11 +39,7 @@ def verdict(measured: dict[str, Any], compared: dict[str, Any] | None) -> tuple[
         points.append("no answers were compared: repetition and empty answers do not show in perplexity")
     else:
         points += compared["worse"]
-    if 1 < measured["documents"] < FEW_DOCUMENTS:
-        points.append(
-            f"only {measured['documents']} documents: the intervals are narrower than they should be"
-        )
-    alone = [name for name, part in measured["per_domain"].items() if part["documents"] == 1]
+    alone = [name for name, part in measured["per_domain"].items() if part["kl"]["ci"] is None]
     if alone and measured["documents"] > 1:
         points.append(f"one document in {', '.join(alone)}: no interval there")
     return level, sentence + ".", points

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Sequence
@@ -90,6 +91,8 @@ class Config(JobConfig):
     lora: LoraStage = LoraStage()
     tokens: int = pydantic.Field(100_000, ge=64)
     """Tokens of text to train on, at most."""
+    judge_tokens: int = pydantic.Field(20_000, ge=2)
+    """Tokens of held-out text to judge on, at most."""
     max_length: int = pydantic.Field(512, ge=16)
     """Longest document in tokens."""
     kept: int = pydantic.Field(64, ge=1)
@@ -112,8 +115,10 @@ def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused."""
     if (cfg.profile is None) == (not cfg.corpus):
         raise UserError("text to train on: give either --profile or --corpus")
-    if not cfg.stages:
-        raise UserError("no stage to train", "--stages router,lora")
+    if cfg.stages not in (["router"], ["lora"], ["router", "lora"]):
+        raise UserError(
+            f"stages={','.join(cfg.stages) or 'none'}: wanted router, lora, or router,lora in this order"
+        )
 
 
 @dataclass
@@ -136,6 +141,7 @@ class Measured:
 
 def run(cfg: Config) -> None:
     from moesmith.eval.divergence import Spool
+    from moesmith.jobs._cut import no_room
     from moesmith.jobs._folder import check_place, check_space
     from moesmith.jobs._pair import canary_prompts, check_same_words, open_side, read_tokenizers
     from moesmith.train.distill import Teacher
@@ -152,9 +158,13 @@ def run(cfg: Config) -> None:
     check_place(cfg.out, pruned.folder, cfg.overwrite, RECORD)
     console.row("teacher", teacher.line())
     console.row("pruned", pruned.line())
+    for side in (teacher, pruned):
+        reason = no_room(side.nbytes, cfg.device)
+        if reason:
+            raise UserError(f"{side.given}: {reason}", OUT_OF_MEMORY)
     tokenizers = read_tokenizers(teacher, pruned)
     tokenizer = tokenizers[0]
-    learned, judged = read_text(cfg, tokenizer)
+    learned, judged = read_text(cfg, tokenizer, teacher)
     check_same_words(teacher, pruned, tokenizers, judged)
     train, dev = examples(learned)
     console.row(
@@ -166,8 +176,8 @@ def run(cfg: Config) -> None:
 
     work = start_work(cfg)
     said = Teacher(work / "teacher")
-    vocabulary = teacher.checkpoint.config.get("vocab_size") or 0
-    check_space(work, Spool.nbytes(judged, vocabulary, 4), "the teacher's logits on the held-out text")
+    said_bytes = Spool.nbytes(judged, vocabulary(teacher), 4)
+    check_space(work, pruned.nbytes + said_bytes, "the healed model, and the teacher's logits meanwhile,")
     with Spool(work / "logits.bin") as spool:
         reference = teach(cfg, teacher, said, [*train, *dev], judged, prompts, tokenizer, spool)
         judge = Judge(cfg, tokenizer, judged, prompts, spool)
@@ -204,23 +214,27 @@ def run(cfg: Config) -> None:
     if accepted:
         console.next_command(f"moesmith verify {cfg.teacher} {cfg.out}", f"moesmith chat {cfg.out}")
     else:
-        console.next_command(f"moesmith compare {cfg.teacher} --profile prof --out compare")
+        profile = cfg.profile or "prof"
+        console.next_command(f"moesmith compare {cfg.teacher} --profile {profile} --out compared")
     console.emit({"out": str(cfg.out), **facts})
 
 
 # ---------------------------------------------------------------- text
 
 
-def read_text(cfg: Config, tokenizer: Any) -> tuple[list[Document], list[Document]]:
+def read_text(cfg: Config, tokenizer: Any, teacher: Side) -> tuple[list[Document], list[Document]]:
     """(to learn from, to judge on), disjoint."""
     from moesmith.data import leaks
     from moesmith.data.corpora import encode, parse_corpora, read_documents, read_held_out
+    from moesmith.jobs._cut import in_turn
+    from moesmith.jobs._pair import check_ids
+    from moesmith.prune.stats import Profile, same_model
 
     if cfg.profile is not None:
-        if not (cfg.profile / "profile.json").is_file():
-            raise UserError(f"{cfg.profile}: no profile.json, so no finished profile", "moesmith profile")
+        same_model(Profile.read(cfg.profile), teacher.folder)
         learned = read_held_out(cfg.profile / "documents.jsonl")
         judged = read_held_out(cfg.profile)
+        check_ids(tokenizer, [*learned, *judged], cfg.profile)
         leaks.check_disjoint(leaks.read(cfg.profile), judged)
     else:
         corpora = parse_corpora(cfg.corpus)
@@ -230,46 +244,39 @@ def read_text(cfg: Config, tokenizer: Any) -> tuple[list[Document], list[Documen
         if not document.ids:
             document.ids = encode(tokenizer, [document], cfg.max_length)[0].ids
         document.ids = document.ids[: cfg.max_length]
-    judged = [document for document in judged if len(document.ids) > 1]
+    learned, judged = ([d for d in side if len(d.ids) > 1] for side in (learned, judged))
     if not judged:
         raise UserError("nothing is held out to judge on", "moesmith profile --held-out 0.2")
-    return limited([d for d in learned if len(d.ids) > 1], cfg.tokens), judged
-
-
-def limited(documents: Sequence[Document], tokens: int) -> list[Document]:
-    """Documents of all domains in turn, up to `tokens`."""
-    by_domain: dict[str, list[Document]] = {}
-    for document in documents:
-        by_domain.setdefault(document.domain, []).append(document)
-    taken: list[Document] = []
-    total = 0
-    for i in range(max(map(len, by_domain.values()), default=0)):
-        for mine in by_domain.values():
-            if i < len(mine) and total < tokens:
-                taken.append(mine[i])
-                total += len(mine[i].ids)
-    return taken
+    return in_turn(learned, cfg.tokens), in_turn(judged, cfg.judge_tokens)
 
 
 def examples(documents: Sequence[Document]) -> tuple[list[Example], list[Example]]:
-    """(train, dev): every token is learned; one document in ten is for choosing the best step."""
+    """(train, dev): every token is learned; one document in ten of every domain chooses the best step."""
     import numpy as np
 
     from moesmith.data.masks import IGNORED, Example
 
-    made = []
+    sides: tuple[list[Example], list[Example]] = [], []
+    seen: dict[str, int] = {}
     for row, document in enumerate(documents, 1):
+        number = seen[document.domain] = seen.get(document.domain, 0) + 1
         ids = np.asarray(document.ids, dtype=np.int32)
         labels = ids.copy()
         labels[0] = IGNORED  # nothing predicts the first token
-        made.append(Example(row, ids, labels))
-    dev = [example for i, example in enumerate(made) if i % DEV_EVERY == DEV_EVERY - 1]
-    if not dev:
+        sides[number % DEV_EVERY == 2].append(Example(row, ids, labels))
+    train, dev = sides
+    if not train or not dev:
         raise UserError(
-            f"{len(made)} documents to learn from, wanted at least {DEV_EVERY}",
-            "give more text, or shorter pieces",
+            f"{len(documents)} documents to learn from: too few to train on some and choose by others",
+            "give more text",
         )
-    return [example for i, example in enumerate(made) if i % DEV_EVERY != DEV_EVERY - 1], dev
+    return train, dev
+
+
+def vocabulary(side: Side) -> int:
+    """Entries of the vocabulary, wherever the config keeps it."""
+    config = side.checkpoint.config
+    return int(config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size") or 0)
 
 
 # ---------------------------------------------------------------- the folder that a stopped run goes on in
@@ -388,6 +395,7 @@ def decide(stage: str, before: Measured, after: Measured) -> dict[str, Any]:
         "kl_after": float(after.divergence.kl_sums.sum() / tokens.sum()),
         "change": mean,
         "change_ci": interval,
+        "answers_compared": before.canary is not None,
     }
 
 
@@ -396,7 +404,8 @@ def said_of(decision: dict[str, Any]) -> str:
     if not decision["accepted"]:
         return "reverted: " + "; ".join(decision["reasons"])
     low, high = decision["change_ci"]
-    return f"kept: KL {decision['change']:+.4f} [{low:+.4f}, {high:+.4f}], answers no worse"
+    answers = "answers no worse" if decision["answers_compared"] else "answers not compared"
+    return f"kept: KL {decision['change']:+.4f} [{low:+.4f}, {high:+.4f}], {answers}"
 
 
 # ---------------------------------------------------------------- the student
@@ -477,24 +486,99 @@ def write(
 ) -> None:
     """The folder: record and report always, the healed model if a stage was kept."""
     from moesmith.jobs._folder import finish_folder, start_folder
-    from moesmith.jobs.quantize import prove, save
-    from moesmith.models.checkpoint import side_files
+    from moesmith.jobs.quantize import proof_ids, save
     from moesmith.report import write_report
 
     temporary = start_folder(cfg.out)
     if accepted:
         merged = [folder for folder in accepted if mergeable(side, folder)]
         model = load(side, cfg, merged)
-        save(model, temporary, [*side_files(side.folder), *records(side.folder)])
-        reloaded = type(model).from_pretrained(temporary, dtype="auto").to(model.device)
-        facts["proof"] = prove(model, reloaded, side.folder)
-        del reloaded
+        ids = proof_ids(side.folder, model)
+        expected = logits(model, ids)
+        save(model, temporary, files_beside(side.folder))
+        facts["not_loaded"] = keep_what_was_not_loaded(side.folder, temporary)
         if len(merged) < len(accepted):
             save_on_top(model, accepted[-1], temporary / "adapter", tokenizer, cfg)
             facts["adapter"] = "adapter"
+        kind, device = type(model), model.device
+        del model
+        gc.collect()
+        if not expected.equal(logits(kind.from_pretrained(temporary, dtype="auto").to(device).eval(), ids)):
+            raise RuntimeError("the healed model was saved and read back with other logits")
+        facts["proof"] = {"tokens": ids.shape[1], "logits": "bit-equal"}
+        say_healed(temporary, facts)
     write_atomically(temporary / RECORD, json.dumps(facts, indent=1) + "\n")
     write_report(temporary, page)
     finish_folder(temporary, cfg.out)
+
+
+def logits(model: Any, ids: Any) -> Any:
+    """Of a fixed prompt."""
+    import torch
+
+    with torch.no_grad():
+        return model(input_ids=ids.to(model.device), use_cache=False).logits.cpu()
+
+
+def keep_what_was_not_loaded(source: Path, folder: Path) -> list[str]:
+    """Copy tensors that transformers has no place for (heads for multi-token prediction) into a file of
+    their own. Their names.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    from moesmith.models.headers import INDEX, SINGLE, read_headers
+
+    headers, there = read_headers(source), read_headers(folder)
+    missing = sorted(set(headers) - set(there))
+    if not missing:
+        return []
+    tensors = {}
+    for name in missing:
+        with safe_open(source / headers[name].file, framework="pt") as file:
+            tensors[name] = file.get_tensor(name)
+    save_file(tensors, folder / "model-not-loaded.safetensors", metadata={"format": "pt"})
+    single = "model-loaded.safetensors"
+    if (folder / SINGLE).is_file():
+        (folder / SINGLE).rename(folder / single)
+    places = {name: single if header.file == SINGLE else header.file for name, header in there.items()}
+    places |= dict.fromkeys(missing, "model-not-loaded.safetensors")
+    total = sum(header.nbytes for header in there.values()) + sum(headers[name].nbytes for name in missing)
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    return missing
+
+
+def files_beside(folder: Path) -> list[Path]:
+    """What belongs to the model beside its weights; what was measured on the pruned one is not among it."""
+    weights = (".safetensors", ".safetensors.index.json", ".bin", ".gguf")
+    skip = ("config.json", "moesmith.json", RECORD, "report.html", "report.json", "report.png")
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.endswith(weights) and path.name not in skip
+    )
+
+
+def say_healed(folder: Path, facts: dict[str, Any]) -> None:
+    """Drop metadata and model card speak of this model: the pruned one's evidence goes, healing is added."""
+    before, after = facts["before"]["kl"]["mean"], facts["after"]["kl"]["mean"]
+    healed = {"stages": facts["accepted"], "kl_before": before, "kl_after": after}
+    drops = folder / "expert_drop_metadata.json"
+    if drops.is_file():
+        record = json.loads(drops.read_text(encoding="utf-8"))
+        for holder in (record, record.get("meta") or {}):
+            holder.pop("evidence", None)
+        write_atomically(drops, json.dumps({**record, "healed": healed}, indent=1) + "\n")
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    stages = " and ".join(facts["accepted"])
+    section = (
+        f"\n## Healed\n\nAfter pruning, {stages} were trained by distillation from the original "
+        f"(`{facts['how']['command']}`). Divergence from the original on held-out text: {before:.4f} before, "
+        f"{after:.4f} after (nats per token). Figures above this section are of the model before healing.\n"
+    )
+    write_atomically(card, text + section)
 
 
 def save_on_top(model: Any, adapter: Path, folder: Path, tokenizer: Any, cfg: Config) -> None:
@@ -509,9 +593,22 @@ def save_on_top(model: Any, adapter: Path, folder: Path, tokenizer: Any, cfg: Co
     save_adapter(folder, running, tokenizer, base, {"stage": "lora"})
 
 
-def records(folder: Path) -> list[Path]:
-    """What moesmith wrote about the pruned model and still holds for the healed one."""
-    return [folder / name for name in ("expert_drop_metadata.json",) if (folder / name).is_file()]
+def command_line(cfg: Config) -> str:
+    """The command of these options, without those that are defaults."""
+    words = ["moesmith", "heal", cfg.pruned]
+
+    def add(values: dict[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            flag = f"{prefix}{name.replace('_', '-')}"
+            if isinstance(value, dict):
+                add(value, f"{flag}.")
+            elif isinstance(value, list):
+                words.extend(("--" + flag, ",".join(map(str, value))))
+            elif name not in ("pruned", "overwrite"):
+                words.extend(("--" + flag, str(value)))
+
+    add(cfg.model_dump(mode="json", exclude_defaults=True), "")
+    return shlex.join(words)
 
 
 def how(cfg: Config, teacher: Side, pruned: Side, judged: Sequence[Document]) -> dict[str, Any]:
@@ -520,7 +617,7 @@ def how(cfg: Config, teacher: Side, pruned: Side, judged: Sequence[Document]) ->
 
     names = ("torch", "transformers", "peft", "trl")
     return {
-        "command": f"moesmith heal {cfg.pruned} --teacher {cfg.teacher} --out {cfg.out}",
+        "command": command_line(cfg),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"moesmith": moesmith.__version__, **{name: metadata.version(name) for name in names}},
         "teacher": str(teacher.folder),

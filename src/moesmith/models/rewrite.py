@@ -430,9 +430,11 @@ class _Planner:
             return self._cut_unknown(header, block)
         if live.known or header.numel == 1:
             return self._copy(header, header.name, COPIED)
-        if header.shape == (block.num_experts,):  # a bias of the router under a name of its own
-            return self._cut(header, 0, [block])
-        if inside.partition(".")[0] == block.router_matrix().partition(".")[0]:
+        # Elsewhere a number that equals E is chance: code books and scales of a packed shared expert.
+        in_router = inside.partition(".")[0] == block.router_matrix().partition(".")[0]
+        if header.shape == (block.num_experts,) and (in_router or "." not in inside):
+            return self._cut(header, 0, [block])  # a bias of the router under a name of its own
+        if in_router:
             raise UserError(
                 f"{self.source}: {header.name} {list(header.shape)} seems to be part of a router, and does "
                 "not say which part is whose",

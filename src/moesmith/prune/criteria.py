@@ -37,7 +37,7 @@ class Criterion:
 
 
 def scores(profile: Profile, criterion: str, domains: Domains = "mean", seed: int = 0) -> dict[str, Tensor]:
-    """One score per expert: MoELayer.name -> (E,) fp64, which sums to at most 1.
+    """One score per expert: MoELayer.name -> (E,) fp64; sums to 1 at most, to D by "max".
 
     Args:
         criterion: a key of CRITERIA.

@@ -40,6 +40,10 @@ SUMS = {
     "relative": "sum of g^2 |f|^2 / |y|^2",
     "prompt_norm": "sum over documents of sqrt(sum over tokens of g^2 |f|^2)",
 }
+ROUTERS_ONLY = (
+    "{model}: the profile was made of a model with the same routers, but not of this very one; right for a "
+    "packed or cast copy, wrong for a fine-tune with frozen routers, which looks the same: profile that itself"
+)
 PER_DOCUMENT = ("tokens", "gate", "norm", "contribution", "contribution_sq")
 
 
@@ -163,13 +167,20 @@ class Profile:
         return cls(layers, domains, documents, record["meta"])
 
 
-def same_model(profile: Profile, folder: Path) -> None:
-    """Raise UserError unless `folder` holds the profiled model, or a packed or cast copy of it."""
+def same_model(profile: Profile, folder: Path) -> bool:
+    """Whether `folder` holds the very model that was profiled; False if only its routers are the same.
+
+    A packed or cast copy has the same routers. So has a fine-tune whose routers were frozen, which has other
+    experts: nothing on disk tells the two apart, so whoever asks should say it (`ROUTERS_ONLY`).
+
+    Raises:
+        UserError: the routers differ.
+    """
     if profile.meta.get("model_hash") == model_hash(folder):
-        return
+        return True
     routers = profile.meta.get("router_hash")
     if routers and routers == router_hash(folder, {stats.num_experts for stats in profile.layers}):
-        return
+        return False
     raise UserError(
         f"the profile was made of another model ({profile.meta.get('model', 'unknown')}), not of {folder}: "
         "routers differ",

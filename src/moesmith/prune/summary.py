@@ -2,7 +2,7 @@
 
 Concentration, domains, how sure the ranking is, how far the criteria agree, and with a plan what it keeps of
 every layer. Intervals are 95 %, by drawing whole documents again within their domain: tokens of one document
-are not independent.
+are not independent, nor are the pieces of one long row, which count as one document.
 """
 
 # L layers, D domains, E experts, N documents, B bootstrap draws
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moesmith.data.pieces import row_numbers
 from moesmith.errors import UserError
 from moesmith.prune.criteria import CRITERIA, combine, domain_weights, per_domain, scores
 from moesmith.prune.plan import UNITS, Keep, Plan, keep_order, kept_share
@@ -230,14 +231,15 @@ def reliability_facts(profile: Profile, seed: int = 0, halves: int = HALVES) -> 
             "layer": name,
             "expert": where[1],
         },
-        "documents": len(profile.documents),
+        "documents": len(_rows(profile)[1]),
         "warning": warning,
     }
 
 
 def _halves(profile: Profile, seed: int, halves: int) -> list[tuple[Tensor, Tensor]]:
-    """Random halves of the documents as index tensors; a domain's odd one goes to a random side."""
-    domain_of = profile.document_domains()
+    """Random halves of the documents as index tensors, the pieces of a row on one side; a domain's odd row
+    goes to a random side."""
+    row_of, domain_of = _rows(profile)
     if len(domain_of) < 2:
         return []
     generator = torch.Generator().manual_seed(seed)
@@ -252,7 +254,8 @@ def _halves(profile: Profile, seed: int, halves: int) -> list[tuple[Tensor, Tens
             odd = 1 - odd if len(mine) % 2 else odd
             sides[0].append(mine[:half])
             sides[1].append(mine[half:])
-        found.append((torch.cat(sides[0]), torch.cat(sides[1])))
+        a, b = (torch.isin(row_of, torch.cat(side)).nonzero().flatten() for side in sides)
+        found.append((a, b))
     return [(a, b) for a, b in found if len(a) and len(b)]
 
 
@@ -264,7 +267,7 @@ def retained_facts(profile: Profile, plan: Plan, seed: int = 0) -> list[dict[str
     """
     unit = plan.meta.get("unit", "contribution")
     weights = domain_weights(profile.domains, plan.domains)
-    draws = _draws(profile, seed)
+    draws = _draws(profile, seed, weights)
     rows = []
     for name, layer in zip(short_names(profile), profile.layers, strict=True):
         kept = plan.keep[layer.layer]
@@ -294,10 +297,22 @@ def _unit_of_documents(layer: LayerStats, unit: str) -> Tensor | None:
     return layer.per_document.get(unit)
 
 
-def _draws(profile: Profile, seed: int) -> Tensor | None:
-    """(B, N) how often each document is drawn, with replacement within its domain."""
-    domain_of = profile.document_domains()
-    if len(domain_of) < 2:
+def _rows(profile: Profile) -> tuple[Tensor, Tensor]:
+    """Row of every document, (N,), and domain of every row: the pieces of one row are one document here."""
+    row_of = torch.tensor(row_numbers(document.id for document in profile.documents), dtype=torch.long)
+    domain_of = torch.zeros(int(row_of.max()) + 1 if len(row_of) else 0, dtype=torch.long)
+    domain_of[row_of] = profile.document_domains()
+    return row_of, domain_of
+
+
+def _draws(profile: Profile, seed: int, weights: Tensor | None) -> Tensor | None:
+    """(B, N) how often each document is drawn: whole rows, with replacement within their domain.
+
+    None where a domain that has a say has one row only: drawn again it is always itself.
+    """
+    row_of, domain_of = _rows(profile)
+    heard = range(len(profile.domains)) if weights is None else weights.nonzero().flatten().tolist()
+    if any(int((domain_of == domain).sum()) == 1 for domain in heard):
         return None
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros(DRAWS, len(domain_of), dtype=torch.float64)
@@ -306,7 +321,7 @@ def _draws(profile: Profile, seed: int) -> Tensor | None:
         if len(mine):
             drawn = mine[torch.randint(len(mine), (DRAWS, len(mine)), generator=generator)]
             counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    return counts
+    return counts[:, row_of]
 
 
 def _retained_draws(

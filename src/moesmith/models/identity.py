@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .checkpoint import read_config
 from .headers import DTYPE_BITS, TensorHeader, read_headers
 
 PIECES, PIECE_BYTES = 8, 64
+_ROUTERS = {"gate", "router", "wg"}  # what checkpoints call a router, or its matrix
 
 
 def model_hash(folder: Path) -> str:
@@ -38,24 +40,38 @@ def model_hash(folder: Path) -> str:
 
 
 def router_hash(folder: Path, num_experts: Iterable[int]) -> str:
-    """A hash of every matrix with one row per expert: the routers, whatever dtype they are stored in.
+    """A hash of the routers' matrices, whatever dtype they are stored in and whatever their layer is called.
+
+    Heads for multi-token prediction have routers too, but transformers does not load them, so copies it made
+    are without: they are left out.
 
     Args:
         num_experts: the model's expert counts.
 
     Returns:
-        "" where no matrix has exactly so many rows (routers with rows beyond the experts').
+        "" where no router has exactly so many rows (routers with rows beyond the experts').
     """
     counts = set(num_experts)
+    config = read_config(folder)
+    layers = (config.get("text_config") or config).get("num_hidden_layers") or math.inf
     digests = []
-    for header in read_headers(folder).values():
-        if len(header.shape) == 2 and header.shape[0] in counts and header.dtype in _AS_BF16:
+    for name, header in read_headers(folder).items():
+        if len(header.shape) != 2 or header.shape[0] not in counts or header.dtype not in _AS_BF16:
+            continue
+        if _is_router(name, layers):
             whole = b"".join(_pieces(folder, header, pieces=PIECES, width=DTYPE_BITS[header.dtype] // 8))
             digests.append(hashlib.sha256(f"{list(header.shape)}".encode() + _AS_BF16[header.dtype](whole)))
     if not digests:
         return ""
     joined = b"".join(sorted(digest.digest() for digest in digests))
     return hashlib.sha256(joined).hexdigest()[:32]
+
+
+def _is_router(name: str, layers: float) -> bool:
+    """By its name on disk: something called gate or router, in a layer that the model runs."""
+    parts = name.split(".")
+    number = next((int(part) for part in parts if part.isdigit()), 0)
+    return bool(_ROUTERS & set(parts)) and "mtp" not in parts and number < layers
 
 
 def _pieces(folder: Path, header: TensorHeader, pieces: int = PIECES, width: int = 1) -> list[bytes]:

@@ -13,6 +13,7 @@ from moesmith.data.corpora import (
     Document,
     Reader,
     check_enough,
+    check_there,
     cut,
     describe,
     encode,
@@ -147,6 +148,14 @@ def test_thinking_is_switched_on_for_answers_where_the_template_can():
     assert not read({"prompt": "Why?"}, words=words, generate=None, thinking=False)[0][0].text.endswith(":")
     kwargs = {"prompt": "Why?", "chat_template_kwargs": {"enable_thinking": False}}
     assert not read(kwargs, words=words, generate=None)[0][0].text.endswith("think:")  # the row knows better
+    unless_told = tokenizer(
+        template=THINKING.replace(
+            "if enable_thinking", "if enable_thinking is not defined or enable_thinking"
+        )
+    )
+    for thinking in (True, False):
+        (source,), _ = read({"prompt": "Why?"}, words=unless_told, generate=None, thinking=thinking)
+        assert source.text.endswith("think:") == thinking
 
 
 def test_a_prompt_longer_than_a_document_is_dropped_not_cut():
@@ -172,6 +181,20 @@ def test_rows_are_drawn_from_the_whole_file_and_not_by_their_order():
     assert {s.text for s in read(*reversed(values), tokens=1000, max_length=200)[0]} == drawn
     numbers = [int(s.id.split("/")[1]) for s in read(*values, tokens=1000, max_length=200)[0]]
     assert numbers == sorted(numbers) and max(numbers) > 10
+
+
+def test_rows_are_drawn_from_as_much_as_fits_in_memory(monkeypatch):
+    values = texts(50)
+    monkeypatch.setattr(corpora, "READ_CHARACTERS", sum(len(json.dumps(value)) for value in values[:20]))
+    sources, counts = read(*values, tokens=1_000_000, max_length=200)
+    assert [s.id for s in sources] == [f"code/{n}" for n in range(1, 22)] and counts.unused == 0
+
+
+def test_a_corpus_that_is_nowhere_is_said_at_once(tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    check_there({"a": str(tmp_path / "a.jsonl"), "hub": "org/name"})
+    with pytest.raises(UserError, match="typo.jsonl"):
+        check_there({"code": "typo.jsonl"})
 
 
 def test_one_row_is_never_most_of_a_domain():

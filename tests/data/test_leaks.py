@@ -59,14 +59,13 @@ def test_case_punctuation_and_spaces_do_not_hide_a_copy():
     assert found.identical and found.shared == found.ngrams == 188
 
 
-def test_short_texts_are_compared_whole():
-    known = collect([document("What is 2 + 2?"), document("Why?", "code/2")])
-    assert [o.identical for o in overlaps(known, [document("what is 2+2"), document("What is 2 + 3?")])] == [
-        True,
-        False,
-    ]
+def test_a_whole_text_of_thirteen_words_is_a_copy_and_of_twelve_is_none():
+    known = collect([document("Hello!"), document(text(1, 12), "code/2"), document(text(2, 13), "code/3")])
+    assert check_disjoint(known, [document("hello"), document(text(1, 12))])["shared"] == 0
     with pytest.raises(UserError, match="word for word"):
-        check_disjoint(known, [document("Why", "code/9")])
+        check_disjoint(known, [document(text(2, 13).upper(), "code/9")])
+    (found,) = overlaps(np.array([*known, hash_ngrams("hello")[1]], dtype=np.uint64), [document("Hello!")])
+    assert not found.leaks  # hashes of short texts in profiles that are there already
 
 
 def test_twelve_words_have_no_run_of_thirteen():
@@ -82,13 +81,35 @@ def test_the_form_that_most_rows_share_is_no_leak():
         check_disjoint(collect(rows[:2]), [document(f"{form} {text(99, 40)}")])
 
 
-def test_a_passage_of_a_third_of_the_rows_is_no_form():
-    passage = text(5, 30)
-    rows = [
-        document(f"{passage if i < 3 else text(50 + i, 30)} {text(i, 40)}", f"code/{i}") for i in range(9)
+def with_header(header: str, rows: int, of: int) -> list[Document]:
+    """`of` different documents, every first one of which opens with the header."""
+    return [
+        document(f"{header} {text(i, 250)}" if i < rows else text(i, 250), f"code/{i}") for i in range(of)
     ]
+
+
+def test_a_licence_header_of_a_quarter_of_the_rows_is_no_leak():
+    header = text(5, 84)
+    known = collect(with_header(header, 10, of=40))
+    others = [document(f"{header} {text(900 + i, 250)}", f"code/9{i}") for i in range(12)]
+    assert check_disjoint(known, others)["shared"] < 12 * 2
+    # whoever copies one of those rows is known by what only that row says
     with pytest.raises(UserError, match="leaks"):
-        check_disjoint(collect(rows), [document(f"{passage} {text(99, 40)}")])
+        check_disjoint(known, [document(f"{header} {text(3, 250)[:600]} {text(901, 100)}")])
+
+
+def test_what_three_of_a_thousand_rows_say_is_no_form():
+    known = collect(with_header(text(5, 30), 3, of=1000))
+    with pytest.raises(UserError, match="leaks"):
+        check_disjoint(known, [document(f"{text(5, 30)} {text(99_999, 40)}")])
+
+
+def test_a_long_passage_is_a_leak_whatever_the_length_of_the_text_around_it():
+    around = text(77, 5000)
+    (found,) = overlaps(KNOWN, [document(f"{around} {CALIBRATION[7].text}")])
+    assert found.shared == 188 < leaks.SHARE * found.ngrams and found.leaks
+    (quoted,) = overlaps(KNOWN, [document(f"{around} {' '.join(CALIBRATION[7].text.split()[:60])}")])
+    assert quoted.shared == 48 and not quoted.leaks
 
 
 def test_the_template_is_not_compared():
@@ -110,6 +131,8 @@ def test_a_sample_of_the_hashes_still_finds_the_copy(monkeypatch):
 
 def test_languages_without_spaces_have_words_too():
     assert leaks.words("東京は日本の首都です。Tokyo 2024") == [*"東京は日本の首都です", "tokyo", "2024"]
+    for line in ("ភ្នំពេញជារាជធានី", "ວຽງຈັນແມ່ນນະຄອນຫຼວງ", "ရန်ကုန်မြို့တော်ကြီး", "𠀀𠀁𠀂𠀃𠀄𠀅𠀆𠀇𠀈𠀉𠀊𠀋𠀌"):
+        assert len(hash_ngrams(line)[0]) == len(line) - 12
 
 
 def test_the_file(tmp_path):

@@ -265,3 +265,26 @@ def test_modes_are_kept(model, other):
     divergence(model, other, documents((5, 6)))
     assert model.training and not other.training
     model.eval()
+
+
+def test_pieces_of_one_row_are_one_document():
+    """Cutting every row into four equal pieces tells nothing new, so no interval gets narrower."""
+    rng = np.random.default_rng(0)
+    values = rng.random((6, 40)).astype(np.float32) * np.arange(1, 7, dtype=np.float32)[:, None]
+
+    def made(pieces: int) -> Divergence:
+        parts = [part for row in values for part in np.split(row, pieces)]
+        ids = [f"a/{r}" + (f".{p + 1}" if p else "") for r in range(6) for p in range(pieces)]
+        loss = np.array([part.sum(dtype=np.float64) for part in parts])
+        return Divergence(["a"] * len(parts), parts, loss / 50, loss, 1.1 * loss, ids)
+
+    whole, cut = made(1).facts(), made(4).facts()
+    assert (whole["documents"], cut["documents"], cut["per_domain"]["a"]["documents"]) == (6, 6, 6)
+    for figure in ("kl", "top1"):
+        assert cut[figure]["ci"] == pytest.approx(whole[figure]["ci"])
+    assert cut["kl"]["p99_ci"] == whole["kl"]["p99_ci"]
+    assert cut["ppl"]["overall"]["ci"] == pytest.approx(whole["ppl"]["overall"]["ci"])
+    alone = Divergence(
+        ["a"] * 2, [values[0], values[1]], np.ones(2), np.ones(2), np.ones(2), ["a/1", "a/1.2"]
+    )
+    assert alone.facts()["kl"]["ci"] is None

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 
 import numpy as np
@@ -125,8 +126,15 @@ def test_the_whole_command(folders, tmp_path, capsys):
         "--no-similarity",
     )
     compare(capsys, model, "--profile", prof, *some, "--out", tmp_path / "more")
-    assert len(_plans.read_evidence(prof, profile, "mean")) == len(record["evidence"]) + 1
-    assert _plans.read_evidence(prof, profile, "max") == []
+    assert len(_plans.read_evidence(prof, profile)) == len(record["evidence"]) + 1
+    assert _plans.read_evidence(prof, profile, record["model_hash"]) == _plans.read_evidence(prof, profile)
+    assert _plans.read_evidence(prof, profile, "another model's") is None
+    # Who prunes by it chooses on the text that judges, and is told.
+    winner = record["verdicts"][0]["best"]
+    assert "this score and count" in _plans.selected(prof, profile, winner, 7)
+    assert "this count" in _plans.selected(prof, profile, "random", 4)
+    assert _plans.selected(prof, profile, "random", 3) is None
+    assert "so these figures are optimistic" in text
     assert best(_plans.read_evidence(prof, profile), 7)["series"] == record["verdicts"][0]["best"]
     profile.layers[0].sums["tokens"] += 1
     assert _plans.read_evidence(prof, profile) is None
@@ -152,6 +160,7 @@ def test_json_and_no_extras(folders, tmp_path, capsys):
         (("--scores", "reap,saliency"), "unknown score 'saliency'"),
         (("--profile", "nowhere"), "nowhere"),
         (("--domains", "law=1"), "no domain 'law'"),
+        (("--scores", "[]"), "no score to compare"),
     ],
 )
 def test_what_cannot_be_asked(folders, tmp_path, capsys, argv, message):
@@ -178,6 +187,56 @@ def test_a_profile_of_another_model_is_refused(folders, tmp_path, capsys):
     tokenizer().save_pretrained(tmp_path / "other")
     error = compare(capsys, tmp_path / "other", "--profile", prof, "--out", tmp_path / "out", status=2)
     assert "made of another model" in error
+
+
+def test_a_sibling_with_the_same_routers_is_measured_itself(folders, tmp_path, capsys):
+    """A fine-tune with frozen routers: nothing measured on the profiled model is taken for it."""
+    model, prof = folders[0], shutil.copytree(folders[1], tmp_path / "prof")
+    sibling = build()
+    with torch.no_grad():
+        sibling.model.layers[0].mlp.experts.down_proj.mul_(1.5)
+    sibling.save_pretrained(tmp_path / "sibling")
+    tokenizer().save_pretrained(tmp_path / "sibling")
+    argv = ("--profile", prof, "--keep", 6, "--random", 0, "--merge", "none", "--canary", 0)
+    argv = (*argv, "--no-similarity", "--scores", "reap", "--out", tmp_path / "out")
+    rows = []
+    for folder in (model, tmp_path / "sibling"):
+        assert cli.main(["compare", *map(str, (folder, *argv))]) == 0
+        said = capsys.readouterr().err
+        assert ("same routers" in said) == (folder != model)
+        rows.append(json.loads((tmp_path / "out" / "compare.json").read_text()))
+    assert rows[0]["model_hash"] != rows[1]["model_hash"]
+    assert rows[0]["evidence"][0]["kl"] != rows[1]["evidence"][0]["kl"]
+    known = _plans.read_evidence(prof, Profile.read(prof), rows[1]["model_hash"])
+    assert [one["kl"] for one in known] == [rows[1]["evidence"][0]["kl"]]
+
+
+def test_the_suggested_prune_writes_the_plan_that_was_compared(folders, tmp_path, capsys):
+    model, prof = folders[0], shutil.copytree(folders[1], tmp_path / "prof")
+    argv = ("--keep", 4, "--domains", "max", "--random", 0, "--merge", "none", "--canary", 0)
+    out = compare(capsys, model, "--profile", prof, *argv, "--no-similarity", "--out", tmp_path / "out")
+    command = shlex.split(out[out.index("next: ") :].splitlines()[0])[2:]
+    assert cli.main([*command, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    winner = best(json.loads((tmp_path / "out" / "compare.json").read_text())["evidence"], 4)
+    assert found["kept"] == winner["keeps"] and (found["score"], found["domains"]) == (
+        winner["series"],
+        "max",
+    )
+    assert "--domains max" in record_command(tmp_path / "out")
+
+
+def record_command(out) -> str:
+    return json.loads((out / "report.json").read_text())["how"]["command"]
+
+
+def test_pieces_of_one_row_are_one_document(measured):
+    model, profile, encoded = measured
+    pieces = [type(one)(one.ids, one.domain, f"{one.domain}/7" + f".{i}" * (i > 0)) for i, one in
+              enumerate(encoded[:3])]  # fmt: skip
+    (found,) = compare_plans(model, pieces, candidate_plans(profile, [5], ["reap"], randoms=0))
+    assert found["documents"]["tokens"] == [sum(len(one.ids) - 1 for one in pieces)]
+    assert found["kl_ci"] is None and found["per_domain"]["code"]["documents"] == 1
 
 
 def test_text_that_was_profiled_is_refused(folders, tmp_path, capsys):
@@ -345,14 +404,33 @@ def test_best_and_by_how_much():
 
 def test_levels_and_the_sentence():
     def verdict(keep, level):
-        return {"keep": keep, "level": level, "best": "reap", "kl": 0.5, "ppl_ratio": 1.5}
+        figures = {"best": "reap", "kl": 0.5, "ppl_ratio": 1.5}
+        return {"keep": keep, "level": level, "seems_safe": False, **figures}
 
     level, sentence = job.sentence([verdict(15, "safe"), verdict(14, "safe"), verdict(8, "stop")], 16)
     assert level == "safe" and "Keeping 14 of 16 experts (12.5 % dropped)" in sentence
     level, sentence = job.sentence([verdict(15, "stop"), verdict(8, "stop")], 16)
     assert level == "stop" and sentence.startswith("No cut that was tried is safe")
-    one = {"kl": 0.001, "kl_ci": (0.0005, 0.002), "ppl_ci": {"code": (0.999, 1.001)}}
+    # A deeper cut that looks safe below one that is not was lucky.
+    lucky = [verdict(15, "safe"), verdict(14, "caution"), verdict(8, "safe")]
+    assert "Keeping 15 of 16" in job.sentence(lucky, 16)[1] and job.recommended(lucky)["keep"] == 15
+    assert job.recommended(lucky[1:]) is None and job.sentence(lucky[1:], 16)[0] == "caution"
+
+    level, sentence = job.sentence([{**verdict(15, "caution"), "seems_safe": True}], 16)
+    assert level == "caution" and sentence.startswith("Too little text to call any cut safe.")
+
+    domains = {"code": (0.999, 1.001), "math": (0.999, 1.001)}
+    part = {"kl": 0.001, "kl_ci": (0.0005, 0.002), "documents": 10}
+    one = {
+        "kl": 0.001, "kl_ci": (0.0005, 0.002), "ppl_ci": domains, "ppl": dict.fromkeys(domains, 1.0),
+        "per_domain": {"code": part, "math": part}, "documents": {"nats": [0.01] * 20},
+    }  # fmt: skip
     assert _plans.level(one) == "safe"
+    assert _plans.level({**one, "documents": {"nats": [0.01] * 19}}) == "caution"
+    few = {**part, "documents": 4}
+    assert _plans.level({**one, "per_domain": {"code": part, "math": few}}) == "caution"
+    bad = {**part, "kl": 0.2, "kl_ci": (0.15, 0.25)}
+    assert _plans.level({**one, "per_domain": {"code": part, "math": bad}}) == "stop"
     assert _plans.level(one, {"worse": ["2 of 8 answers loop"], "significantly_worse": []}) == "caution"
     assert _plans.level({**one, "ppl_ci": {"code": (0.999, 1.001), "math": (1.2, 1.4)}}) == "stop"
     assert _plans.level({**one, "kl_ci": None}) == "caution"

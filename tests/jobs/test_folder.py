@@ -85,6 +85,103 @@ def test_what_a_killed_run_left_is_removed_and_nothing_else(tmp_path: Path):
     assert (tmp_path / "other.tmp" / "work").exists()
 
 
+def test_links_and_mount_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What is written lies on the disk of the folder that a link leads to; the link stays one."""
+    big = folder(tmp_path / "big" / "there", "moesmith.json", "old")
+    link = tmp_path / "link"
+    link.symlink_to(big)
+    check_place(link, None, overwrite=True)
+    asked = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    check_space(link, 1, "it")
+    temporary = start_folder(link)
+    assert temporary.parent == tmp_path / "big" == asked[0]
+    (temporary / "new").write_text("new")
+    finish_folder(temporary, link)
+    assert link.is_symlink() and [path.name for path in link.iterdir()] == ["new"]
+    assert [path.name for path in (tmp_path / "big").iterdir()] == ["there"]
+
+    with pytest.raises(
+        UserError, match=r"is where a disk is mounted.*\ngive a folder below it: --out /proc/out"
+    ):
+        check_place(Path("/proc"), None, overwrite=False)
+    for here in (folder(tmp_path / "here"), folder(tmp_path / "here" / "below")):
+        monkeypatch.chdir(here)
+        with pytest.raises(UserError, match="is the folder you are in"):
+            check_place(Path("."), None, overwrite=False)
+    with pytest.raises(UserError, match="is the folder you are in, or holds it"):
+        check_place(tmp_path / "here", None, overwrite=True)
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path):
+    out = folder(tmp_path / "out")
+    finish_folder(start_folder(out), out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list(out.iterdir())
+
+
+class Killed(BaseException):
+    pass
+
+
+STEPS = {"rmtree": (shutil, "rmtree"), "first rename": (Path, "rename"), "second rename": (Path, "rename")}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_run_killed_at_the_very_end_loses_no_output(
+    step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    out = folder(tmp_path / "out", "moesmith.json", "old")
+    folder(out / "inner", "x")
+    temporary = start_folder(out)
+    (temporary / "new").write_text("new")
+    holder, name = STEPS[step]
+    real, calls = getattr(holder, name), []
+
+    def killed(*args: object, **kwargs: object) -> object:
+        calls.append(args)
+        if step != "second rename" or len(calls) == 2:
+            raise Killed
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(holder, name, killed)
+        finish_folder(temporary, out)
+    if step == "rmtree":  # the new one is there; what is left of the old one goes with the next run
+        assert (out / "new").exists() and (tmp_path / "out.old").exists()
+        finish_folder(start_folder(out), out)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        return
+    hint = f"mv {temporary} {out}" if step == "second rename" else f"rm -r {temporary}"
+    for call in (lambda: start_folder(out), lambda: check_place(out, None, overwrite=True)):
+        with pytest.raises(UserError, match=f"is a finished output.*\n{hint}"):
+            call()
+    assert (temporary / "new").exists()
+    kept = out if step == "first rename" else tmp_path / "out.old"
+    assert (kept / "inner" / "x").exists()
+
+
+def test_the_marker_of_what_is_removed_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def killed(path: Path) -> None:
+        raise Killed
+
+    out = folder(tmp_path / "out", "moesmith.json", "old")
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(Killed):
+        finish_folder(start_folder(out), out)
+    assert [path.name for path in (tmp_path / "out.old").iterdir()] == [INCOMPLETE]
+
+
+def test_an_old_folder_that_is_not_ours_is_said_before_the_work(tmp_path: Path):
+    folder(tmp_path / "out", "moesmith.json")
+    folder(tmp_path / "out.old", "thesis.tex")
+    with pytest.raises(UserError, match="out.old is in the way"):
+        check_place(tmp_path / "out", None, overwrite=True)
+    with pytest.raises(UserError, match="out.old is in the way"):
+        start_folder(tmp_path / "out")
+    assert (tmp_path / "out.old" / "thesis.tex").exists()
+
+
 KILLED = """
 import os, pickle, signal, sys
 from pathlib import Path

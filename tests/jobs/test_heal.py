@@ -206,3 +206,12 @@ def test_a_profile_that_judges_on_what_it_trains_on_is_refused(folders, tmp_path
     args[at : at + 2] = ["--profile", str(profile)]
     status, _, err = command(capsys, *args)
     assert status == 2 and "words/0" in err
+
+
+def test_updates_of_small_routers_are_small(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders / "teacher")
+    usual = heal.router_rms(model)
+    with torch.no_grad():
+        for layer in moe_layers(model):
+            model.get_submodule(layer.router).weight.mul_(1e-3)
+    assert heal.router_rms(model) == pytest.approx(1e-3 * usual)

@@ -1,7 +1,10 @@
 """The profile command on a tiny model: what is observed, held out and refused, and what a kill leaves."""
 
 import json
+import math
 import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from chats import chat, tokenizer, write_jsonl
 from moesmith import cli, report
 from moesmith.data import leaks
 from moesmith.data.corpora import read_held_out
-from moesmith.jobs import _answers, _replay
+from moesmith.errors import UserError
+from moesmith.jobs import _answers, _profile_words, _replay
 from moesmith.jobs import profile as job
 from moesmith.jobs._answers import groups, repeats_from
 from moesmith.prune.stats import Profile
@@ -32,6 +36,12 @@ def page(monkeypatch):
 
     monkeypatch.setattr(report, "write_report", write)
     return given
+
+
+@pytest.fixture(autouse=True)
+def saved_as_often_as_asked(monkeypatch):
+    """Tiny sums are saved in no time, but tiny batches take none either."""
+    monkeypatch.setattr(_replay, "COMMIT_SHARE", math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +358,59 @@ def test_an_interrupted_run_with_other_options_is_not_mixed(model, corpora, tmp_
     assert run(model, tmp_path / "prof", *corpora, "--held-out", 0.4) == 2
     refused(capsys, "interrupted profile with other options (held_out=0.2)", "--overwrite")
     assert run(model, tmp_path / "prof", *corpora, "--held-out", 0.4, "--overwrite") == 0
+
+
+def test_an_interrupted_run_goes_on_however_its_paths_are_written(
+    model, corpora, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(_replay, "COMMIT_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, _replay, "forward", 3)
+        assert run(model, tmp_path / "prof", *corpora) == 130
+    (tmp_path / "prof").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(Path(corpora[2].partition("=")[2]).parent)
+    here = [part.replace(f"{Path.cwd()}/", "") for part in map(str, corpora)]
+    assert here != [*map(str, corpora)]
+    capsys.readouterr()
+    assert run(tmp_path / "link", tmp_path / "moved", *here, "--seed", 3) == 0
+    assert "replay goes on after batch 2" in capsys.readouterr().err
+
+
+def test_sums_that_take_long_to_save_are_saved_seldom(model, corpora, tmp_path, monkeypatch):
+    saved = []
+
+    def slow(*_):
+        saved.append(time.perf_counter())
+        time.sleep(0.05)
+
+    monkeypatch.setattr(_replay, "COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr(_replay, "commit", slow)
+    monkeypatch.setattr(_replay, "COMMIT_SHARE", 1e-3)
+    assert run(model, tmp_path / "prof", *corpora) == 0
+    assert len(saved) == 1
+
+
+def test_sums_of_other_versions_are_not_mixed(model, corpora, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_replay, "COMMIT_SECONDS", -1.0)
+    with monkeypatch.context() as patch:
+        stop_at(patch, _replay, "forward", 3)
+        assert run(model, tmp_path / "prof", *corpora) == 130
+    monkeypatch.setattr(_profile_words, "versions", lambda: {"torch": "1.0"})
+    capsys.readouterr()
+    assert run(model, tmp_path / "prof", *corpora) == 0
+    assert "replay goes on" not in capsys.readouterr().err
+
+
+def test_a_full_disk_does_not_end_the_replay(model, corpora, whole, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise UserError("writing it failed: no space left on device")
+
+    monkeypatch.setattr(_replay, "COMMIT_SECONDS", -1.0)
+    monkeypatch.setattr(_replay, "commit", full)
+    assert run(model, tmp_path / "prof", *corpora) == 0
+    assert capsys.readouterr().err.count("no space left on device; going on") == 1
+    assert_same_bits(Profile.read(tmp_path / "prof"), Profile.read(whole))
 
 
 def test_an_interrupted_run_of_another_model_is_not_mixed(model, corpora, tmp_path, monkeypatch, capsys):

@@ -113,7 +113,8 @@ def test_the_pruned_folder(model, prof, tmp_path, capsys):
         r"keep +6 of 8 in every layer: worst layer \d keeps \d\d\.\d\d % of weighted output norm",
         r"held-out +KL .* median .* p99 .* top-1 agreement .* perplexity .*code .*math .*prose",
         r"canary +3 answers: loops \d \(was \d\), ended \d \(was \d\), length ×",
-        r"random +as many experts dropped at random: KL",
+        r"random +as many experts dropped at random, one draw: KL",
+        r"only 12 documents in all, fewer than 20, and only 4 in code, 4 in math, 4 in prose",
         r"verdict +6 of 8 experts kept: ",
         r"written .*small .*mask == slice: .* report: .*report.html",
         r"next: moesmith heal .* --teacher .*moesmith verify",
@@ -128,6 +129,7 @@ def test_the_pruned_folder(model, prof, tmp_path, capsys):
     assert Checkpoint.open(out).config["num_experts"] == 6
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# a model\n\n## Pruned with moesmith") and "| KL" in card
+    assert "only 12 documents" in card and "optimistic" not in card and "optimistic" not in text
     report = json.loads((out / "report.json").read_text())
     assert {"verdict", "pareto", "divergence", "canary", "heatmap", "retained", "agreement"} <= set(report)
     assert report["heatmap"]["dropped"] == list(plan.drop.values())
@@ -373,6 +375,96 @@ def test_without_room_it_says_so_and_writes_all_the_same(
     assert Plan.read(tmp_path / "small").meta["evidence"]["skipped"]
 
 
+def fake_row(series: str, kl: float, keeps: dict) -> dict:
+    return {
+        "series": series, "kind": "prune", "keep": 5, "kl": kl, "keeps": keeps,
+        "documents": {"nats": [kl, kl], "tokens": [1, 1]},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        ("--retain", "80%"),
+        ("--keep", 5, "--protect", 2),
+        ("--cut", "30%", "--multiple", 2, "--domains", "max"),
+        ("--keep", 4, "--no-super-experts"),
+    ],
+)
+def test_auto_compares_the_plans_that_would_be_written(model, prof, capsys, monkeypatch, wish):
+    """Whatever decides the experts: each score is measured with the very set that it would keep."""
+    from moesmith.jobs import _plans
+
+    seen = {}
+
+    def compare(model, texts, candidates, **given):
+        seen.update({candidate.series: candidate.keep for candidate in candidates})
+        return [
+            {**fake_row(c.series, 0.1 if c.series == "man" else 0.5, c.keep), "keep": c.count}
+            for c in candidates
+        ]
+
+    monkeypatch.setattr(_plans, "compare_plans", compare)
+    argv = (model, "--profile", prof, *wish, "--dry-run", "--json", "--score")
+    facts = json.loads(prune(capsys, *argv, "auto"))
+    alone = {score: json.loads(prune(capsys, *argv, score)) for score in _plans.SCORES}
+    assert seen == {score: found["kept"] for score, found in alone.items()}
+    assert facts["score"] == "man" and facts["kept"] == seen["man"]
+    assert {row["series"]: row["keep"] for row in facts["chosen_from"]} == {
+        score: found["keep"] for score, found in alone.items()
+    }
+
+
+def test_what_was_compared_on_another_model_is_not_taken(model, prof, tmp_path, capsys, monkeypatch):
+    """A packed copy's figures choose nothing for the 16-bit model, though its routers are the same."""
+    from moesmith.jobs import _plans
+
+    profile, there = Profile.read(prof), shutil.copytree(prof, tmp_path / "prof")
+    plans = {name: make_plan(profile, keep=5, score=name).keep for name in _plans.SCORES}
+    record = {
+        "format": _plans.FORMAT, "profile_hash": _plans.profile_hash(profile), "corpus": _plans.HELD_OUT,
+        "evidence": [fake_row(name, 0.5 - 0.4 * (name == "man"), keep) for name, keep in plans.items()],
+    }  # fmt: skip
+    monkeypatch.setattr(_cut, "no_room", lambda *args: "there is no room")
+    argv = (model, "--profile", there, "--keep", 5, "--score", "auto", "--dry-run", "--json")
+    (there / _plans.FILE).write_text(json.dumps({**record, "model_hash": profile.meta["model_hash"]}))
+    assert json.loads(prune(capsys, *argv))["score"] == "man"
+    (there / _plans.FILE).write_text(json.dumps({**record, "model_hash": "a packed copy's"}))
+    assert "has to measure and cannot: there is no room" in prune(capsys, *argv, status=2)
+
+
+def test_a_score_that_compare_chose_on_the_same_text_is_said_to_be(
+    model, prof, tmp_path, capsys, no_pictures
+):
+    from moesmith.jobs import _plans
+
+    profile, there = Profile.read(prof), shutil.copytree(prof, tmp_path / "prof")
+    plans = {name: make_plan(profile, keep=5, score=name).keep for name in _plans.SCORES}
+    record = {
+        "format": _plans.FORMAT, "profile_hash": _plans.profile_hash(profile), "corpus": _plans.HELD_OUT,
+        "evidence": [fake_row(name, 0.5 - 0.4 * (name == "reap"), keep) for name, keep in plans.items()],
+    }  # fmt: skip
+    (there / _plans.FILE).write_text(json.dumps(record))
+    argv = (model, "--profile", there, "--keep", 5, "--canary", 0, "--score")
+    said = "`moesmith compare` chose or measured this score and count on the held-out text that also judges"
+    text = prune(capsys, *argv, "reap", "--out", tmp_path / "small")
+    card, report = ((tmp_path / "small" / name).read_text() for name in ("README.md", "report.json"))
+    assert all(said in " ".join(where.split()) for where in (text, card, report))
+    assert "--corpus NAME=FILE" in text[text.index("next: ") :]
+    assert said in Plan.read(tmp_path / "small").meta["selected"]
+    # Text of its own chose nothing here.
+    (there / _plans.FILE).write_text(json.dumps({**record, "corpus": ["code=other.jsonl"]}))
+    text = prune(capsys, *argv, "reap", "--out", tmp_path / "other")
+    assert "optimistic" not in text
+
+
+def test_a_profile_that_held_out_nothing(model, prof, tmp_path, capsys, no_pictures):
+    shutil.copytree(prof, tmp_path / "prof")
+    (tmp_path / "prof" / "held_out.jsonl").write_text("")
+    text = prune(capsys, model, "--profile", tmp_path / "prof", "--keep", 6, "--out", tmp_path / "small")
+    assert "not measured, so nobody knows yet" in text
+
+
 def test_the_best_score_is_chosen_by_measuring(model, prof, capsys, monkeypatch):
     from moesmith.jobs import _plans
 
@@ -385,13 +477,12 @@ def test_the_best_score_is_chosen_by_measuring(model, prof, capsys, monkeypatch)
     # What compare has measured is taken if it is the same plan, and the rest measured.
     profile = Profile.read(prof)
     plans = {name: make_plan(profile, keep=5, score=name).keep for name in (*_plans.SCORES, "easyep")}
-    known = [
-        {"series": name, "kind": "prune", "keep": 5, "kl": 0.5, "keeps": keep} for name, keep in plans.items()
-    ]
+    known = [fake_row(name, 0.5, keep) for name, keep in plans.items()]
     known[-1]["kl"] = 0.1
     monkeypatch.setattr(_plans, "read_evidence", lambda *args: known)
     monkeypatch.setattr(_cut, "no_room", lambda *args: "there is no room")
-    assert json.loads(prune(capsys, *argv))["score"] == "easyep"
+    facts = json.loads(prune(capsys, *argv))
+    assert facts["score"] == "easyep" and "so the figures are optimistic" in facts["selected"]
     known[0]["keeps"] = known[1]["keeps"]
     assert "has to measure and cannot: there is no room" in prune(capsys, *argv, status=2)
 
@@ -410,13 +501,22 @@ def test_counts_per_layer_write_the_plan_only(model, prof, tmp_path, capsys, no_
 # ---------------------------------------------------------------- the verdict
 
 
-def figures(kl: float, ratio: float = 1.0, width: float = 0.001) -> dict:
+def figures(kl: float, ratio: float = 1.0, width: float = 0.001, documents=(20, 20), math=None) -> dict:
+    """Facts of a Divergence; `math` is the KL of that domain, where it is another."""
     ppl = {"ratio": ratio, "ci": (ratio - width, ratio + width)}
-    ci = (kl - width, kl + width) if width else None
-    return {"kl": {"mean": kl, "ci": ci}, "ppl": {"overall": ppl, "per_domain": {"code": ppl, "math": ppl}}}
+
+    def part(mean: float, n: int) -> dict:
+        return {"kl": {"mean": mean, "ci": (mean - width, mean + width) if width else None}, "documents": n}
+
+    return {
+        **part(kl, sum(documents)),
+        "ppl": {"overall": ppl, "per_domain": {"code": ppl, "math": ppl}},
+        "per_domain": {"code": part(kl, documents[0]), "math": part(math or kl, documents[1])},
+    }
 
 
-FINE = {"worse": [], "significantly_worse": []}
+ENDED = {"eos_rate": {"a": {"hits": 4}}, "n": 9, "max_new_tokens": 64}
+FINE = {"worse": [], "significantly_worse": [], **ENDED}
 
 
 @pytest.mark.parametrize(
@@ -433,6 +533,14 @@ FINE = {"worse": [], "significantly_worse": []}
         (figures(0.001, width=0), FINE, "caution"),
         (figures(0.01), {**FINE, "worse": ["1 of 9 answers loop, it was 0"]}, "caution"),
         (figures(0.01), {"worse": ["w"], "significantly_worse": ["w"]}, "stop"),
+        # One domain is enough, though it is a tenth of the tokens.
+        (figures(0.01, math=0.2), FINE, "stop"),
+        (figures(0.01, math=0.05), FINE, "caution"),
+        # So few documents say nothing for sure, except that it is bad.
+        (figures(0.01, documents=(14, 5)), FINE, "caution"),
+        (figures(0.01, documents=(15, 5)), FINE, "safe"),
+        (figures(0.01, documents=(90, 4)), FINE, "caution"),
+        (figures(0.2, documents=(2, 2)), FINE, "stop"),
     ],
 )
 def test_grades(row, canary, level):
@@ -444,9 +552,12 @@ def test_a_verdict_says_what_a_hurried_person_needs():
         return _cut.verdict(_cut.Evidence(rows, FINE), "12 of 16 experts kept", "keeping 15 of 16")
 
     found = verdict({"plan": figures(0.01), "random": figures(0.05)})
-    assert found["level"] == "safe" and "5 times the harm" in found["points"][-1]
+    assert found["level"] == "safe" and "(one draw), as many experts do 5 times" in found["points"][-1]
     found = verdict({"plan": figures(0.01), "random": figures(0.009)})
-    assert found["level"] == "caution" and "the ranking says nothing" in found["points"][-1]
+    assert (
+        found["level"] == "caution"
+        and "one draw only, but the ranking may say nothing" in found["points"][-1]
+    )
     found = verdict({"plan": figures(0.3), "random": figures(0.5), "smallest cut": figures(0.2)})
     assert (
         found["level"] == "stop"
@@ -454,9 +565,17 @@ def test_a_verdict_says_what_a_hurried_person_needs():
     )
     found = verdict({"plan": figures(0.3), "random": figures(0.5), "smallest cut": figures(0.002)})
     assert "Keeping 15 of 16 would be safe" in found["sentence"]
-    vague = {**figures(0.002, width=0.1), "documents": 3}
+    found = verdict({"plan": figures(0.01, math=0.2), "random": figures(0.5)})
+    assert "KL on math 0.2 [0.2, 0.2] reaches above what 3-bit quantisation costs (0.1)" in found["points"]
+    found = verdict({"plan": figures(0.01, documents=(30, 2)), "random": figures(0.5)})
+    assert found["points"][0].startswith("only 2 in math, fewer than 5 in a domain: too few")
+    assert "--corpus" in found["points"][0] and "--held-out" in found["points"][0]
+    short = {**FINE, "eos_rate": {"a": {"hits": 2}}}
+    found = _cut.verdict(_cut.Evidence({"plan": figures(0.01), "random": figures(0.05)}, short), "", "")
+    assert "the original ended 2 of 9 answers within 64 tokens" in found["points"][0]
+    vague = figures(0.002, width=0.1, documents=(2, 1))
     found = verdict({"plan": vague, "random": figures(0.5), "smallest cut": vague})
-    assert "3 held-out documents are too few to call any cut safe" in found["sentence"]
+    assert "The held-out text is too little to call any cut safe" in found["sentence"]
 
 
 def test_domains_take_turns():

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -311,13 +312,17 @@ def measured(kl, ratio, documents=40, kl_ci=0.1, ratio_ci=0.004):
         "kl": {"mean": kl, "ci": ends},
         "top1": {"rate": 0.9},
         "ppl": {"overall": part, "per_domain": {"easy": {"ratio": 1.0, "ci": (1.0, 1.0)}, "hard": part}},
-        "per_domain": {"easy": {"documents": documents}, "hard": {"documents": documents}},
+        "per_domain": {
+            "easy": {"documents": documents, "kl": {"mean": kl, "ci": ends}},
+            "hard": {"documents": documents, "kl": {"mean": kl, "ci": ends}},
+        },
         "documents": documents,
     }
 
 
 def canary(worse=(), significantly=()):
-    return {"worse": list(worse), "significantly_worse": list(significantly)}
+    ended = {"eos_rate": {"a": {"hits": 9}}, "n": 9, "max_new_tokens": 64}
+    return {"worse": list(worse), "significantly_worse": list(significantly), **ended}
 
 
 @pytest.mark.parametrize(
@@ -347,10 +352,23 @@ def test_verdict(facts, answers, level):
 
 def test_verdict_says_what_it_does_not_know():
     facts = measured(0.005, 1.002, documents=9)
-    facts["per_domain"]["easy"]["documents"] = 1
-    _, _, points = verdict(facts, canary())
-    assert points == ["only 9 documents: the intervals are narrower than they should be",
-                      "one document in easy: no interval there"]  # fmt: skip
+    facts["per_domain"]["easy"] = {"documents": 1, "kl": {"mean": 0.005, "ci": None}}
+    level, _, points = verdict(facts, canary())
+    assert level == "caution", "never safe by nine documents"
+    assert points[0].startswith("only 9 documents in all, fewer than 20, and only 1 in easy, fewer than 5")
+    assert "--corpus" in points[0] and "--held-out" in points[0]
+    assert points[1:] == ["one document in easy: no interval there"]
+
+
+def test_a_cut_chosen_on_this_very_text_is_said_to_be():
+    def points(plan, **given):
+        return job.chosen_here(SimpleNamespace(**{"corpus": [], "profile": Path("prof"), **given}), plan)
+
+    meta = {"selected": "chosen on it", "profile": {"folder": str(Path("prof").resolve())}}
+    assert points(SimpleNamespace(meta=meta)) == ["chosen on it"]
+    assert points(SimpleNamespace(meta=meta), corpus=["code=a.jsonl"]) == []
+    assert points(SimpleNamespace(meta=meta), profile=Path("other")) == []
+    assert points(SimpleNamespace(meta={"profile": meta["profile"]})) == [] and points(None) == []
 
 
 def test_prompts_end_where_the_last_answer_begins():
@@ -376,6 +394,25 @@ def test_prompts_where_the_template_opens_thinking():
     talk = Document("c/1", "c", rendered, tok(rendered, add_special_tokens=False).input_ids)
     [prompt] = _pair.canary_prompts(tok, [talk], 1)
     assert tok.decode(prompt).endswith("one<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_prompts_where_the_template_knows_no_generation_prompt():
+    """Mixtral's: an answer simply follows. A prompt must not stop inside the question."""
+    tok = tokenizer(
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('a user first') }}{% endif %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+        "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    )
+    rendered = tok.apply_chat_template(chat("one", "two", "three", "four"), tokenize=False)
+    talk = Document("c/1", "c", rendered, tok(rendered, add_special_tokens=False).input_ids)
+    [prompt] = _pair.canary_prompts(tok, [talk], 1)
+    assert tok.decode(prompt).rstrip() == "[INST] one [/INST] two</s>[INST] three [/INST]"
+
+
+def test_prompts_where_the_template_refuses():
+    tok = tokenizer("{{ raise_exception('a system message first') }}")
+    plain = Document("p/1", "p", None, list(range(10, 210)))
+    assert _pair.canary_prompts(tok, [plain], 1) == [list(range(10, 58))]
 
 
 def test_tokens_per_domain():

@@ -225,6 +225,11 @@ def hub(checkpoint, tmp_path, monkeypatch):
     root = tmp_path / "served"
     shutil.copytree(checkpoint("olmoe"), root)
     (root / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    for name in ("LICENSE", "README.md"):
+        (root / name).write_text(name)
+    (root / "original").mkdir()
+    for name in ("original/model.safetensors", "consolidated.safetensors"):
+        shutil.copyfile(root / "model.safetensors", root / name)
     sent = {"weights": 0}
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -236,18 +241,23 @@ def hub(checkpoint, tmp_path, monkeypatch):
 
         def answer(self, body: bool):
             path = self.path.split("?")[0]
+            names = [str(file.relative_to(root)) for file in root.rglob("*") if file.is_file()]
             if path.startswith("/api/models/tiny/olmoe/tree/"):
                 files = [
-                    {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"}
-                    for f in root.iterdir()
+                    {"type": "file", "path": name, "size": (root / name).stat().st_size, "oid": "0"}
+                    for name in names
                 ]
                 return self.reply(json.dumps(files).encode(), body)
             if path.startswith("/api/models/tiny/olmoe"):
-                names = [{"rfilename": file.name} for file in root.iterdir()]
+                siblings = [{"rfilename": name} for name in names]
                 return self.reply(
-                    json.dumps({"id": "tiny/olmoe", "sha": "a" * 40, "siblings": names}).encode(), body
+                    json.dumps({"id": "tiny/olmoe", "sha": "a" * 40, "siblings": siblings}).encode(), body
                 )
-            file = root / path.rpartition("/")[2]
+            file = (
+                root / path.partition(f"/{'a' * 40}/")[2]
+                if "a" * 40 in path
+                else root / path.rpartition("/")[2]
+            )
             if not path.startswith("/tiny/olmoe/") or not file.is_file():
                 self.send_response(404)
                 self.send_header(
@@ -297,7 +307,10 @@ def test_a_hub_model_is_described_by_range_and_resolved_whole(hub, checkpoint):
     sizes = {name: (t.dtype, t.shape, t.nbytes) for name, t in described.tensors.items()}
     assert sizes == {name: (t.dtype, t.shape, t.nbytes) for name, t in local.tensors.items()}
     assert 0 < hub["weights"] < local.nbytes / 4
-    assert Checkpoint.open(resolve("tiny/olmoe")).tensors.keys() == local.tensors.keys()
+    folder = resolve("tiny/olmoe")
+    assert Checkpoint.open(folder).tensors.keys() == local.tensors.keys()
+    assert {path.name for path in folder.iterdir()} >= {"LICENSE", "README.md", "config.json"}
+    assert [str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_no_such_model_on_the_hub(hub):

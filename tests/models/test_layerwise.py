@@ -146,6 +146,20 @@ def test_a_cache_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
     hook.remove()
 
 
+def test_a_change_in_place_is_refused(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """What a dropped layer gave is one zero seen many times: nothing can be added to it."""
+    layerwise = Layerwise.open(checkpoint("olmoe"))
+
+    def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        args[0].add_(1)
+
+    hooks = [layer.register_forward_pre_hook(add) for layer in layerwise.layers[1:]]
+    with pytest.raises(UserError, match="changes what its layers gave.*\nprofile it in memory"):
+        layerwise.run([{"input_ids": torch.arange(8)[None]}], tmp_path)
+    for hook in hooks:
+        hook.remove()
+
+
 def test_one_layer_at_a_time(checkpoint: Checkpoints, tmp_path: Path) -> None:
     layerwise = Layerwise.open(checkpoint("qwen3_moe"))
     assert layerwise.decoder_layers == ["model.layers.0", "model.layers.1", "model.layers.2"]

@@ -386,6 +386,44 @@ def test_what_cannot_be_told_apart_is_refused_by_name(
         plan_tensors(source, first_layer(meta(source)))
 
 
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v3", "gemma4", "qwen3_next"])
+def test_nothing_of_a_packed_linear_is_cut(family: str, checkpoint: Checkpoints, tmp_path: Path):
+    """Code books and scales of E numbers: bitsandbytes keeps them beside the weight, inside the block."""
+    source = checkpoint(family)
+    model = meta(source)
+    layers = moe_layers(model)
+    routers = tuple(name for layer in layers for name in per_expert_tensors(model, layer))
+    live = rewrite.live_names(model, read_headers(source))
+    linears = [
+        name
+        for name, header in read_headers(source).items()
+        if len(header.shape) == 2 and name.endswith("_proj.weight") and ".experts." not in name
+        and live[name].name.startswith(tuple(layer.name for layer in layers))
+        and live[name].name not in routers
+    ]  # fmt: skip
+    assert linears
+    experts = layers[0].num_experts
+    extras = {
+        name.removesuffix("weight") + leaf: torch.arange(float(experts))
+        for name in linears
+        for leaf in ("weight.quant_map", "weight.nested_quant_map", "weight.absmax", "SCB")
+    }
+    source = spoiled(source, tmp_path / "in", extras)
+    cut(source, tmp_path / "out", choice(model))
+    found = load_file(tmp_path / "out" / SINGLE)
+    for name, tensor in extras.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_an_unknown_bias_of_the_router_is_cut(checkpoint: Checkpoints, tmp_path: Path):
+    names = [f"model.layers.0.mlp.{leaf}" for leaf in ("gate.extra_bias", "correction")]
+    source = spoiled(checkpoint("qwen3_moe"), tmp_path / "in", {name: torch.arange(8.0) for name in names})
+    cut(source, tmp_path / "out", choice(meta(source)))
+    found = load_file(tmp_path / "out" / SINGLE)
+    kept = choice(meta(source))["model.layers.0.mlp"]
+    assert all(found[name].tolist() == kept for name in names)
+
+
 def test_a_scalar_scale_is_everyones(checkpoint: Checkpoints, tmp_path: Path):
     name = "model.layers.0.mlp.experts.input_scale"
     source = spoiled(checkpoint("gpt_oss"), tmp_path / "in", {name: torch.tensor(3.0)})
@@ -442,6 +480,26 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_what_lies_beside_the_weights_takes_space_too(
+    checkpoint: Checkpoints, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = tmp_path / "in"
+    shutil.copytree(checkpoint("olmoe"), source)
+    (source / "train.parquet").write_bytes(bytes(300_000))
+    plan = plan_tensors(source, choice(meta(source)))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.nbytes + 250_000))
+    with pytest.raises(UserError, match="bytes free, the new checkpoint takes"):
+        cut(source, tmp_path / "out", choice(meta(source)))
+
+
+def test_a_dtype_that_is_unknown_is_refused_by_name(checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rewrite, "DTYPE_BITS", {"BF16": 16})
+    source = checkpoint("olmoe")
+    with pytest.raises(UserError, match=r"lm_head.weight is stored as F32, which moesmith does not know"):
+        plan_tensors(source, choice(meta(source)))
+
+
 def test_a_folder_with_weights_is_not_written_to(checkpoint: Checkpoints, tmp_path: Path):
     source = checkpoint("olmoe")
     keep = choice(meta(source))
@@ -467,11 +525,15 @@ def test_files_beside_the_weights(checkpoint: Checkpoints, tmp_path: Path):
     source, out = tmp_path / "in", tmp_path / "out"
     shutil.copytree(checkpoint("olmoe"), source)
     beside = ("tokenizer.json", "chat_template.jinja", "LICENSE", "README.md", "preprocessor_config.json",
-              "encoding/words.txt")  # fmt: skip
+              "encoding/words.txt", "processor/config.json")  # fmt: skip
     not_copied = ("moesmith.json", "pytorch_model.bin", "original/consolidated.00.pth", "model.gguf",
-                  "pytorch_model.bin.index.json", ".cache/lock", ".gitattributes")  # fmt: skip
+                  "pytorch_model.bin.index.json", ".cache/lock", ".gitattributes", "heal.json", "verify.json",
+                  "report.html", "ngrams.npy", "adapter/adapter_config.json",
+                  "adapter/adapter_model.safetensors", "prof/profile.json",
+                  "prof/documents.jsonl", "small/config.json", "small/tokenizer.json",
+                  "small/model.safetensors", "runs/one/verify.json", "runs/one/page.html")  # fmt: skip
     for name in (*beside, *not_copied):
-        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).parent.mkdir(exist_ok=True, parents=True)
         (source / name).write_text(name)
     out.mkdir()
     (out / "README.md").write_text("mine")

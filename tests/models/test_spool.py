@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -64,15 +65,22 @@ def test_an_interrupted_layer_leaves_nothing(tmp_path: Path) -> None:
     assert not spool.holds(0) and Spool(tmp_path, "me").done == 0
 
 
-def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_said(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "No space left on device")
 
     monkeypatch.setattr(Writer, "add", full)
     spool = Spool(tmp_path, "me")
     with pytest.raises(UserError, match="disk is full"), spool.write(0) as writer:
         writer.add(given(0))
     assert list(tmp_path.glob("layer-*")) == []
+
+
+def test_named_tuples_are_mapped() -> None:
+    pair = NamedTuple("Pair", [("a", Tensor), ("b", int)])(torch.ones(2), 3)
+    found = map_tensors({"x": pair}, lambda tensor: tensor * 2)["x"]
+    assert type(found) is type(pair) and found.a.tolist() == [2, 2] and found.b == 3
 
 
 def test_a_damaged_file_is_said(tmp_path: Path) -> None:

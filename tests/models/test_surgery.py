@@ -592,3 +592,15 @@ def test_resized_config_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("moesmith.models.surgery.CONFIG_COUNTS", ("num_hidden_layers",))
     with pytest.raises(UserError, match="cannot be changed.*num_hidden_layers = 4 gives \\[8\\]"):
         resized_config(config, 4)
+
+
+@pytest.mark.gpu
+def test_a_mask_on_a_gpu_is_the_sliced_model():
+    model = tiny.build("gemma4").cuda()
+    keep = {layer.name: [0, 2, 3, 5, 7] for layer in moe_layers(model)}
+    inputs = {name: tensor.cuda() for name, tensor in tiny.inputs(model).items()}
+    with torch.no_grad():
+        with masked(model, keep):
+            under_mask = model(**inputs).logits
+        slice_model(model, keep)
+        torch.testing.assert_close(model(**inputs).logits, under_mask, rtol=1e-3, atol=1e-3)

@@ -195,3 +195,15 @@ def test_norms_do_not_overflow_in_16_bits():
 def test_a_dense_model_has_nothing_to_profile():
     with pytest.raises(UserError, match="no MoE layers"):
         Collector([], DOCUMENTS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gemma4", "deepseek_v3"])
+def test_on_a_gpu_the_sums_are_those_of_the_cpu(family):
+    model = tiny.build(family)
+    inputs = tiny.inputs(model)
+    on_cpu = observe(model, inputs)
+    on_gpu = observe(model.cuda(), {name: tensor.cuda() for name, tensor in inputs.items()})
+    for one, other in zip(on_cpu.layers, on_gpu.layers, strict=True):
+        for name in ("tokens", "gate", "norm", "contribution"):
+            torch.testing.assert_close(one.sums[name], other.sums[name], rtol=2e-2, atol=1e-3)

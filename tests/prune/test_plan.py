@@ -277,6 +277,10 @@ def test_files_that_are_no_plan(found, tmp_path):
         (tmp_path / "wrong.json").write_text(wrong)
         with pytest.raises(UserError, match="not a plan"):
             Plan.read(tmp_path / "wrong.json")
+    del (less := json.loads(json.dumps(content)))["layers"][NAME]["drop"]
+    (tmp_path / "wrong.json").write_text(json.dumps(less))
+    with pytest.raises(UserError, match="not a plan"):
+        Plan.read(tmp_path / "wrong.json")
     content["layers"][NAME]["keep"].append(99)
     (tmp_path / "wrong.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="not its experts"):

@@ -90,7 +90,7 @@ def test_a_profile_knows_its_model_and_packed_and_cast_copies_of_it(tmp_path):
     tiny.build("qwen3_moe", seed=1).save_pretrained(folders["other"])
     profile = Profile([], [], [], {"model": "fp32", **identity(folders["fp32"], {8})})
     profile.layers = [type("Layer", (), {"num_experts": 8})()]
-    for name in ("fp32", "bf16", "nf4"):
-        same_model(profile, folders[name])
+    known = {name: same_model(profile, folders[name]) for name in ("fp32", "bf16", "nf4")}
+    assert known == {"fp32": True, "bf16": False, "nf4": False}, "the others only by their routers"
     with pytest.raises(UserError, match="another model"):
         same_model(profile, folders["other"])

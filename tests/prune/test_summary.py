@@ -140,6 +140,29 @@ def test_one_document_has_no_interval():
     assert retained_facts(found, make_plan(found, keep=4))[0]["ci"] is None
 
 
+def test_pieces_of_one_row_are_one_document():
+    """A row cut into six says no more than it did whole: not in its interval, nor in its halves."""
+    generator = torch.Generator().manual_seed(0)
+    pieces = (torch.rand(1, 6, 16, generator=generator) * 100).round().repeat_interleave(6, 1)
+    whole = 6 * pieces[:, ::6]
+    one, many = profile(whole, domains=1), profile(pieces, domains=1)
+    for i, document in enumerate(one.documents):
+        document.id = f"code/{i}"
+    for i, document in enumerate(many.documents):
+        document.id = f"code/{i // 6}" + (f".{i % 6 + 1}" if i % 6 else "")
+    a, b = (retained_facts(p, make_plan(p, keep=12, super_experts=False))[0]["ci"] for p in (one, many))
+    assert a == pytest.approx(b, abs=1e-9)
+    a, b = (reliability_facts(p) for p in (one, many))
+    assert a["split_half"] == b["split_half"] and (a["documents"], b["documents"]) == (6, 6)
+
+
+def test_a_domain_with_one_document_has_no_interval():
+    """Drawn again it is always itself, so the interval would have no width."""
+    found = profile(torch.arange(1, 25).reshape(1, 3, 8) * 10)  # code, math, code
+    assert retained_facts(found, make_plan(found, keep=6))[0]["ci"] is None
+    assert retained_facts(found, make_plan(found, keep=6, domains={"code": 1.0}))[0]["ci"] is not None
+
+
 def test_criteria_agree_with_themselves_and_leave_out_what_is_unknown(found):
     facts = agreement_facts(found, keep_of(found, 12))
     n = len(facts["criteria"])

@@ -40,6 +40,7 @@ THINKING = ("enable_thinking", "thinking")  # what chat templates call the switc
 CHARACTERS_PER_TOKEN = 4  # of a plain text file: paragraphs are joined up to about one document
 LONGEST_TOKEN = 16  # characters, on average at most: more of a row is not tokenised for nothing
 READ_ROWS = 20_000  # of a corpus: rows to draw from; reading all of a huge file for a few of them takes long
+READ_CHARACTERS = 1 << 28  # of those rows, which are all held at once: books are longer than chats
 ROW_SHARE = 10  # one row gives at most a tenth of its domain's tokens, so that none is the domain
 MIN_TOKENS = 64  # fewer in a domain say nothing about any expert
 
@@ -203,6 +204,14 @@ def read_prompts(path: str | None) -> dict[str, list[Row]]:
     return by_domain
 
 
+def check_there(corpora: dict[str, str], key: str = "corpus") -> None:
+    """Raise UserError for a corpus that is neither here nor a hub name: before anything is downloaded."""
+    for name, path in corpora.items():
+        looks_local = path.startswith((".", "~", "/")) or path.count("/") != 1
+        if looks_local and not Path(path).expanduser().exists():
+            raise no_such_file(path, f"{key} {name}")
+
+
 # ---------------------------------------------------------------- rows to sources
 
 
@@ -213,7 +222,7 @@ class Reader:
     Args:
         tokens: about how many tokens to take per domain; None takes every row.
         generate: True leaves every answer to the model, None those that are missing, False none.
-        thinking: switch thinking on in prompts, where the template has a switch.
+        thinking: switch thinking on, or off, in prompts, where the template has a switch.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -232,20 +241,18 @@ class Reader:
     def read(self, domain: str, rows: Iterable[Row]) -> tuple[list[Source], Counts]:
         """Sources of one domain, in the order of the rows. Copies of an earlier row are dropped.
 
-        With a token budget rows are drawn from the first `READ_ROWS`, by a hash of each, until it is full:
-        the beginning of a file is seldom like the rest of it.
+        With a token budget rows are drawn from the first `READ_ROWS` (`READ_CHARACTERS`, if that is less) by
+        a hash of each, until it is full: the beginning of a file is seldom like the rest of it.
 
         Raises:
             UserError: no row could be used.
         """
         counts = Counts()
         sources: dict[int, Source] = {}
-        numbered = list(enumerate(rows if self.tokens is None else itertools.islice(rows, READ_ROWS)))
-        if self.tokens is not None:
-            numbered.sort(key=lambda pair: row_key(pair[1]))
+        numbered = enumerate(rows) if self.tokens is None else _in_drawn_order(rows)
         for position, row in numbered:
             if self.tokens is not None and counts.tokens >= self.tokens:
-                counts.unused = len(numbered) - counts.read
+                counts.unused = sum(1 for _ in numbered) + 1
                 break
             counts.read += 1
             counts.columns = counts.columns or list(row.value)
@@ -324,8 +331,8 @@ class Reader:
         talk = conversation({"messages": [*asked, {"role": "assistant", "content": "?"}], **extra})
         talk.messages.pop()
         asks = generate is not False
-        if asks and self.thinking:
-            talk.template_kwargs = {**dict.fromkeys(self.switch, True), **talk.template_kwargs}
+        if asks:  # False is said too: many templates think unless they are told not to
+            talk.template_kwargs = {**dict.fromkeys(self.switch, self.thinking), **talk.template_kwargs}
         return talk, asks
 
     def render(self, talk: Conversation, asks: bool) -> tuple[str, list[int]]:
@@ -409,9 +416,18 @@ def content_key(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
 
 
-def row_key(row: Row) -> bytes:
-    """A hash of a row's columns, to draw rows by."""
-    return content_key(json.dumps(row.value, sort_keys=True, default=str))
+def _in_drawn_order(rows: Iterable[Row]) -> Iterator[tuple[int, Row]]:
+    """(position, row) of the first rows of a corpus, in the order of a hash of their columns."""
+    drawn: list[tuple[bytes, int, Row]] = []
+    characters = 0
+    for position, row in enumerate(itertools.islice(rows, READ_ROWS)):
+        text = json.dumps(row.value, sort_keys=True, default=str)
+        drawn.append((content_key(text), position, row))
+        characters += len(text)
+        if characters > READ_CHARACTERS:
+            break
+    drawn.sort(key=lambda entry: entry[:2])
+    return iter([(position, row) for _, position, row in drawn])
 
 
 def _nothing_kept(domain: str, counts: Counts) -> UserError:

@@ -1,6 +1,6 @@
 """Which documents are pieces of one row of text: `domain/7`, `domain/7.2`, `domain/7.3` (`corpora.cut`).
 
-Pieces of one row resemble each other like the tokens of one document, so intervals and halves take rows whole.
+Pieces of one row resemble each other like the tokens of one document: intervals and halves take rows whole.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Divergence:
 
     def per_row(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Values of the documents (N,), summed over the pieces of each row, (rows,)."""
-        return np.bincount(self.rows, weights=values)
+        return np.bincount(self.rows, weights=values).astype(np.float64)
 
     def select(self, domain: str) -> Divergence:
         """The documents of one domain."""
@@ -307,21 +307,6 @@ def _compare(
             f"that {names[0]} can say",
             "their divergence is infinite; are the logits of both models masked alike?",
         )
-
-
-def next_token_logprobs(model: Any, ids: Sequence[int], name: str = "the model") -> Tensor:
-    """Log-probabilities of every next token of one sequence, (len(ids) - 1, V) fp32."""
-    document = _Plain(list(ids), "", "")
-    check_documents([document])
-    with torch.no_grad():
-        return logits(model, [document], [0], name)[0].float().log_softmax(-1)
-
-
-@dataclass
-class _Plain:
-    ids: list[int]
-    domain: str
-    id: str
 
 
 # ---------------------------------------------------------------- batches and logits

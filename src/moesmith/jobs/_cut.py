@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from moesmith.data.corpora import Document, Encoded
     from moesmith.prune.plan import Keep
+    from moesmith.prune.stats import Profile
 
 # (nats per token, perplexity ratio of the worst domain): what people accept every day. 4-bit quantisation of
 # Llama 3 8B costs 0.031 and + 2.8 % (Q4_K_M in llama.cpp's perplexity table), 3-bit about 0.1.
@@ -80,6 +81,16 @@ def no_room(nbytes: int, device: str) -> str | None:
         return None
     where = "on the card" if on_gpu(device) else "of RAM"
     return f"the model needs about {console.size(needed)}, {console.size(free)} {where} are free"
+
+
+def enough_tokens(profile: Profile) -> None:
+    """Raise UserError for a layer that no token reached: its experts cannot be ranked."""
+    for layer in profile.layers:
+        if float(layer.total("tokens").sum()) == 0:
+            raise UserError(
+                f"no token of the profile reached {layer.layer}: its experts cannot be ranked",
+                "text never gets there, or the profile is too small",
+            )
 
 
 def load(folder: Path, device: str) -> Any:
@@ -267,8 +278,8 @@ def too_few(measured: Mapping[str, Any]) -> str | None:
         each = ", ".join(f"{count} in {name}" for name, count in few.items())
         said.append(f"only {each}, fewer than {FEW_IN_DOMAIN} in a domain")
     return (
-        f"{' and '.join(said)}: too few to call anything safe, their intervals are too narrow. More text: "
-        "`moesmith verify` or `compare` with --corpus NAME=FILE, or a profile with a larger --held-out"
+        f"{', and '.join(said)}: too few to call anything safe, their intervals are too narrow. More text: "
+        "a larger --tokens, a profile with a larger --held-out, or --corpus NAME=FILE (verify, compare)"
     )
 
 
@@ -291,7 +302,7 @@ def verdict(evidence: Evidence | None, cut: str, smallest: str) -> dict[str, Any
         return {"level": "info", "sentence": sentence, "points": []}
     measured, compared = evidence.rows[PLAN], evidence.canary
     level = grade(measured, compared)
-    points = reasons(measured) + list(compared["worse"] if compared else ())
+    points = reasons(measured) + ([*compared["worse"], *unended(compared)] if compared else [])
     kl, other = measured["kl"]["mean"], evidence.rows[RANDOM]["kl"]["mean"]
     if kl < other:
         times = other / max(kl, 1e-12)
@@ -316,8 +327,7 @@ def verdict(evidence: Evidence | None, cut: str, smallest: str) -> dict[str, Any
             sentence += f". {smallest[:1].upper()}{smallest[1:]} would be safe by these figures ({harm})"
         elif seems_safe(least):
             sentence += (
-                f". {least['documents']} held-out documents are too few to call any cut safe, {smallest} "
-                f"included ({harm})"
+                f". The held-out text is too little to call any cut safe, {smallest} included ({harm})"
             )
         else:
             sentence += f". No cut by this score is safe: even {smallest} costs {harm}"
@@ -361,6 +371,17 @@ def reasons(measured: Mapping[str, Any]) -> list[str]:
         )
         found.append(f"perplexity on {worst} {change(part['ratio'])} [{low}, {high}]{more}")
     return found
+
+
+def unended(compared: Mapping[str, Any]) -> list[str]:
+    """That the answers were too short to see whether they end; `compared` is `eval.canary.compare`'s."""
+    ended, n = compared["eos_rate"]["a"]["hits"], compared["n"]
+    if 4 * ended >= n:
+        return []
+    return [
+        f"the original ended {ended} of {n} answers within {compared['max_new_tokens']} tokens, too few to "
+        "see whether answers still end: a larger --new-tokens"
+    ]
 
 
 def _beyond(ci: Sequence[float]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesmith import console
 from moesmith.config import JobConfig
-from moesmith.jobs._cut import PLAN, RANDOM, SMALLEST, change, interval
+from moesmith.jobs._cut import PLAN, RANDOM, SMALLEST, change, interval, too_few
 
 if TYPE_CHECKING:
     from moesmith.jobs._cut import Evidence
@@ -26,10 +26,10 @@ UNITS = {"contribution": "weighted output norm", "prompt_norm": "weighted output
 WIDTH = 10  # of the labels
 
 
-def arguments(cfg: JobConfig, **changed: Any) -> str:
+def arguments(cfg: JobConfig, command: str = "prune", **changed: Any) -> str:
     """The command line of these options, without those that are defaults."""
     values = {**dict(cfg), **changed}
-    found = ["moesmith prune", shlex.quote(values["model"])]
+    found = [f"moesmith {command}", shlex.quote(values["model"])]
     for name, field in type(cfg).model_fields.items():
         default = field.get_default(call_default_factory=True)
         if name == "model" or values[name] == default:
@@ -37,6 +37,8 @@ def arguments(cfg: JobConfig, **changed: Any) -> str:
         flag = name.replace("_", "-")
         if isinstance(values[name], bool):
             found.append(f"--{flag}" if values[name] else f"--no-{flag}")
+        elif isinstance(values[name], list):
+            found += [f"--{flag} {shlex.quote(','.join(map(str, values[name])))}"]
         else:
             found.append(f"--{flag} {shlex.quote(str(values[name]))}")
     return " ".join(found)
@@ -176,7 +178,7 @@ def say_evidence(evidence: Evidence) -> None:
     random = evidence.rows[RANDOM]
     console.row(
         "random",
-        f"as many experts dropped at random: KL {random['kl']['mean']:.3g}, perplexity "
+        f"as many experts dropped at random, one draw: KL {random['kl']['mean']:.3g}, perplexity "
         f"{change(random['ppl']['overall']['ratio'])}",
         WIDTH,
     )
@@ -299,11 +301,16 @@ def card(cfg: Any, plan: Plan, evidence: Evidence | None, verdict: dict[str, Any
         "",
     ]
     if evidence is not None:
+        if evidence.selected:
+            lines[-1:] = [f"- {evidence.selected}", ""]
+        few = too_few(evidence.rows[PLAN])
+        if few:
+            lines[-1:] = [f"- {few}", ""]
         lines += [
             "| held-out text, against the original | KL, nats per token | same next token | perplexity |",
             "|---|---|---|---|",
         ]
-        for title, key in (("this model", PLAN), ("as many dropped at random", RANDOM)):
+        for title, key in (("this model", PLAN), ("as many dropped at random, one draw", RANDOM)):
             row = evidence.rows[key]
             lines.append(
                 f"| {title} | {row['kl']['mean']:.3g}{interval(row['kl']['ci'])} | "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moesmith import console
-from moesmith.jobs._cut import change, grade, interval, reasons
+from moesmith.jobs._cut import change, grade, interval, reasons, unended
 
 OPENINGS = {
     "safe": "B can stand in for A",
@@ -38,7 +38,7 @@ def verdict(measured: dict[str, Any], compared: dict[str, Any] | None) -> tuple[
     if compared is None:
         points.append("no answers were compared: repetition and empty answers do not show in perplexity")
     else:
-        points += compared["worse"]
+        points += [*compared["worse"], *unended(compared)]
     alone = [name for name, part in measured["per_domain"].items() if part["kl"]["ci"] is None]
     if alone and measured["documents"] > 1:
         points.append(f"one document in {', '.join(alone)}: no interval there")

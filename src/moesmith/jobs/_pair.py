@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moesmith.models.checkpoint import Checkpoint
 
 PROMPT_TOKENS = 48  # of a plain text, for the canary to continue
+QUESTION, ANSWER = "moesmithasks", "moesmithsays"  # words that no template has
 CHARACTERS = 4  # per token, to cut the text that ships with the package
 
 
@@ -329,19 +330,31 @@ def _in_turn(groups: list[list[Document]]) -> Iterator[Document]:
 def _openings(tokenizer: Any) -> list[list[int]]:
     """How an answer opens in a rendered chat, as ids: as before a new answer, and as in one that is there.
 
-    The two differ where a template opens thinking.
+    The two differ where a template opens thinking. Some templates (Mixtral's) know only the second: it is
+    what stands between the question and the answer.
     """
     if tokenizer.chat_template is None:
         return []
-    asked = [{"role": "user", "content": "a"}]
-    bare = tokenizer.apply_chat_template(asked, tokenize=False)
-    full = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    if not full.startswith(bare) or full == bare:
-        return []
-    opening = full[len(bare) :]
+    asked = {"role": "user", "content": QUESTION}
+    bare = _rendered(tokenizer, [asked])
+    full = _rendered(tokenizer, [asked], add_generation_prompt=True)
+    opening = full[len(bare) :] if full.startswith(bare) else ""
     first_line = opening[: opening.index("\n") + 1] if "\n" in opening else opening
-    texts = dict.fromkeys((opening, first_line))
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    talk = _rendered(tokenizer, [asked, {"role": "assistant", "content": ANSWER}])
+    between = talk.rpartition(ANSWER)[0].rpartition(QUESTION)[2]
+    # Without the spaces around it last: a tokenizer may make one token of a space and the next word.
+    texts = dict.fromkeys((opening, between, first_line, between.strip()))
+    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts if text.strip()]
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: bool) -> str:
+    """A chat as text; empty where the template refuses it, as some do without a system message."""
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except jinja2.TemplateError:
+        return ""
 
 
 def _prompt(tokenizer: Any, document: Document, openings: Sequence[list[int]]) -> list[int]:

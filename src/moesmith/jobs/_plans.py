@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from moesmith.prune.stats import Profile
 
 FILE = "compare.json"
-FORMAT = 1
+HELD_OUT = "held out by the profile"
+FORMAT = 2
 SCORES = ("reap", "man", "contribution", "frequency")
 # Merged stacks in memory at a time; one plan at least.
 MERGE_BYTES = 2_000_000_000
@@ -354,7 +355,13 @@ class _Kept:
                 for name in arrays.files:
                     key, _, field_name = name.rpartition(".")
                     states.setdefault(key, {})[field_name] = arrays[name]
-        except (OSError, ValueError, zipfile.BadZipFile):  # a file that a full disk cut short
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            KeyError,
+            zipfile.BadZipFile,
+        ):  # cut short: disk full, power lost
             return
         for key, state in states.items():
             state["domains"], state["ids"] = state["domains"].tolist(), state["ids"].tolist()
@@ -382,7 +389,8 @@ def profile_hash(profile: Profile) -> str:
 def evidence(candidate: Candidate, divergence: Divergence) -> Evidence:
     """One candidate's figures, plain data. KL in nats per token against the original; perplexities as ratios.
 
-    `documents` holds nats and tokens of every document, so that two candidates can be compared in pairs.
+    `documents` holds nats and tokens of every document (the pieces of one row are one), so that two
+    candidates can be compared in pairs.
     """
     facts = divergence.facts()
     overall = facts["ppl"]["overall"]
@@ -404,7 +412,12 @@ def evidence(candidate: Candidate, divergence: Divergence) -> Evidence:
         "ppl": {domain: ppl["ratio"] for domain, ppl in facts["ppl"]["per_domain"].items()},
         "ppl_ci": {domain: ppl["ci"] for domain, ppl in facts["ppl"]["per_domain"].items()},
         "per_domain": {
-            domain: {"kl": part["kl"]["mean"], "kl_ci": part["kl"]["ci"], "ppl_original": part["ppl"]["a"]}
+            domain: {
+                "kl": part["kl"]["mean"],
+                "kl_ci": part["kl"]["ci"],
+                "ppl_original": part["ppl"]["a"],
+                "documents": part["documents"],
+            }
             for domain, part in facts["per_domain"].items()
         },
         "keeps": candidate.keep,
@@ -412,8 +425,8 @@ def evidence(candidate: Candidate, divergence: Divergence) -> Evidence:
         "router": candidate.router if candidate.kind == "merge" else None,
         "same_as": None,
         "documents": {
-            "nats": [round(float(x), 6) for x in divergence.kl_sums],
-            "tokens": divergence.tokens.tolist(),
+            "nats": [round(float(x), 6) for x in divergence.per_row(divergence.kl_sums)],
+            "tokens": [int(n) for n in divergence.per_row(divergence.tokens)],
         },
     }
 
@@ -475,20 +488,51 @@ def level(one: Evidence, canary: Mapping[str, Any] | None = None) -> str:
     """safe, caution or stop, by the rule that `prune` and `verify` have."""
     from moesmith.jobs._cut import grade
 
-    per_domain = {domain: {"ci": ci} for domain, ci in one["ppl_ci"].items()}
-    return grade({"kl": {"ci": one["kl_ci"]}, "ppl": {"per_domain": per_domain}}, canary)
+    return grade(judged(one), canary)
 
 
-def read_evidence(folder: Path, profile: Profile, domains: Any = None) -> list[Evidence] | None:
+def judged(one: Evidence) -> dict[str, Any]:
+    """The figures of one candidate in the shape that `_cut.grade`, `reasons` and `too_few` read."""
+    return {
+        "kl": {"mean": one["kl"], "ci": one["kl_ci"]},
+        "ppl": {
+            "per_domain": {name: {"ratio": one["ppl"][name], "ci": ci} for name, ci in one["ppl_ci"].items()}
+        },
+        "documents": len(one["documents"]["nats"]),
+        "per_domain": {
+            name: {"kl": {"mean": part["kl"], "ci": part["kl_ci"]}, "documents": part["documents"]}
+            for name, part in one["per_domain"].items()
+        },
+    }
+
+
+def read_evidence(folder: Path, profile: Profile, model_hash: str | None = None) -> list[Evidence] | None:
     """What `compare` left in the profile's folder, if it was measured with this very profile.
 
     Args:
-        domains: only plans whose domains became one score in this way; None takes all.
+        model_hash: of the model it has to have been measured on (`models.identity`); None takes any that the
+            profile fits, a packed copy too.
     """
-    record = _read_record(folder)
-    if record is None or record.get("profile_hash") != profile_hash(profile):
+    record = read_record(folder, profile)
+    if record is None or (model_hash is not None and record.get("model_hash") != model_hash):
         return None
-    return [one for one in record["evidence"] if domains is None or one["domains"] == domains]
+    return list(record["evidence"])
+
+
+def selected(folder: Path, profile: Profile, score: str, count: int | None) -> str | None:
+    """How this plan was chosen on the profile's own held-out text by what `compare` left there, in words.
+
+    That text also judges the plan afterwards. None if no comparison on it says anything of score or count.
+    """
+    record = read_record(folder, profile)
+    if record is None or record.get("corpus") != HELD_OUT:
+        return None
+    there = [one for one in record["evidence"] if one["kind"] == "prune"]
+    counts = {one["keep"] for one in there}
+    lowest = {n: best(there, n)["kl"] for n in counts}
+    won = any(one["series"] == score and one["kl"] == lowest[one["keep"]] for one in there)
+    what = [name for name, found in (("score", won), ("count", count in counts)) if found]
+    return f"`moesmith compare` chose or measured this {' and '.join(what)}" if what else None
 
 
 def write_evidence(folder: Path, record: Mapping[str, Any]) -> Path:
@@ -498,7 +542,7 @@ def write_evidence(folder: Path, record: Mapping[str, Any]) -> Path:
     def key(one: Evidence) -> tuple[Any, ...]:
         return one["name"], json.dumps(one["domains"], sort_keys=True), one["router"]
 
-    earlier, found = _read_record(folder), list(record["evidence"])
+    earlier, found = _read(folder), list(record["evidence"])
     if earlier is not None and all(
         earlier.get(k) == record[k] for k in ("profile_hash", "text_hash", "identity")
     ):
@@ -508,7 +552,13 @@ def write_evidence(folder: Path, record: Mapping[str, Any]) -> Path:
     return folder / FILE
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path, profile: Profile) -> dict[str, Any] | None:
+    """The compare.json beside a profile; None if there is none of this very profile."""
+    record = _read(folder)
+    return record if record is not None and record.get("profile_hash") == profile_hash(profile) else None
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):

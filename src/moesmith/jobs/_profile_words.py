@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -27,10 +28,15 @@ def meta(cfg: Config, folder: Path, about: dict[str, str], facts: dict[str, Any]
         **about,
         "settings": cfg.model_dump(mode="json"),
         "moesmith": moesmith.__version__,
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
+        "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **facts,
     }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that compute the numbers."""
+    return {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")}
 
 
 def side_facts(documents: Sequence[Document]) -> dict[str, Any]:
@@ -80,10 +86,10 @@ def say_profile(profile: Profile, cfg: Config, facts: dict[str, Any]) -> None:
     say_experts(summary)
     report = write_report(cfg.out, report_facts(profile, cfg, facts, summary))
     console.row("written", f"{cfg.out} · report: {report}")
-    model = cfg.model
+    model, out = shlex.quote(cfg.model), shlex.quote(str(cfg.out))
     console.next_command(
-        f"moesmith prune {model} --profile {cfg.out} --retain 99% --out small",
-        f"moesmith compare {model} --profile {cfg.out}",
+        f"moesmith prune {model} --profile {out} --retain 99% --out small",
+        f"moesmith compare {model} --profile {out}",
     )
     console.emit({"out": str(cfg.out), "report": str(report), **profile.meta, **summary})
 
@@ -159,7 +165,7 @@ def report_facts(
 
 def command(cfg: Config) -> str:
     """The command line that makes this profile."""
-    words = ["moesmith profile", cfg.model]
+    words = ["moesmith", "profile", cfg.model]
     for name in type(cfg).model_fields:
         value = getattr(cfg, name)
         if name == "model" or value == type(cfg).model_fields[name].get_default(call_default_factory=True):
@@ -168,5 +174,6 @@ def command(cfg: Config) -> str:
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            words += [f"--{flag} {item}" for item in (value if isinstance(value, list) else [value])]
-    return " ".join(words)
+            for item in value if isinstance(value, list) else [value]:
+                words += [f"--{flag}", str(item)]
+    return shlex.join(words)

@@ -7,6 +7,7 @@ on one that was stopped in between.
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesmith import console
+from moesmith.errors import UserError
 from moesmith.jobs._answers import groups, padded
 
 if TYPE_CHECKING:
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
     from moesmith.prune.observe import Collector
 
-COMMIT_SECONDS = 30.0  # how often the sums are saved: a kill loses no more than that
+COMMIT_SECONDS = 30.0  # how often the sums are saved: a kill loses no more than that ...
+COMMIT_SHARE = 0.05  # ... unless they are so large that saving them would take more of the time than this
 
 
 @dataclass
@@ -72,7 +75,7 @@ def replay(
     if done:
         console.note(f"replay goes on after batch {done} of {len(batches)}")
     started = saved = time.perf_counter()
-    seen = 0
+    seen, pause = 0, COMMIT_SECONDS
     with (
         console.bar("observing", total=sum(batch.tokens for batch in batches)) as bar,
         collector.attach(model),
@@ -86,9 +89,14 @@ def replay(
             now = time.perf_counter()
             memory = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else anonymous_memory()
             bar.advance(batch.tokens, f"{seen / (now - started):,.0f} tok/s · {console.size(memory)}")
-            if now - saved > COMMIT_SECONDS and number < len(batches):
-                commit(collector, state, {**about, "batches": str(number)})
-                saved = now
+            if now - saved > pause and number < len(batches):
+                try:
+                    commit(collector, state, {**about, "batches": str(number)})
+                except UserError as error:  # the sums are still in memory: no reason to lose them
+                    console.warn(f"{error.message}; going on, but a run that is stopped now starts over")
+                    pause = math.inf
+                saved = time.perf_counter()
+                pause = max(pause, (saved - now) / COMMIT_SHARE)
 
 
 def forward(model: Any, batch: Batch) -> None:
@@ -103,13 +111,10 @@ def forward(model: Any, batch: Batch) -> None:
 
 
 def commit(collector: Collector, state: Path, about: dict[str, str]) -> None:
-    """Save the sums so far, whole or not at all."""
-    from safetensors.torch import save_file
+    """Save the sums so far, whole or not at all. Raises UserError if the disk refuses."""
+    from moesmith.models.whole import save_whole
 
-    temporary = state.with_name(state.name + ".tmp")
-    tensors = {name: tensor.contiguous() for name, tensor in collector.state_dict().items()}
-    save_file(tensors, temporary, metadata=about)
-    temporary.replace(state)
+    save_whole(collector.state_dict(), state, about)
 
 
 def take_up(collector: Collector, state: Path, about: dict[str, str]) -> int:

@@ -103,6 +103,8 @@ def replay_streamed(
     """
     from safetensors.torch import load_file
 
+    from moesmith.models.whole import save_whole
+
     names = streamed.decoder_layers
     spool = state / "spool"
     done = streamed.layers_done([_inputs(batch) for batch in batches], spool)
@@ -130,7 +132,7 @@ def replay_streamed(
         def on_layer(number: int) -> None:
             for layer in collector.layers:
                 if _number(layer.experts, names) == number:
-                    _save(collector.layer_state(layer.experts), _path(state, layer.experts))
+                    save_whole(collector.layer_state(layer.experts), _path(state, layer.experts))
 
         streamed.run([_inputs(batch) for batch in batches], spool, around_layer, around_chunk, on_layer)
     return {
@@ -153,12 +155,3 @@ def _number(module: str, layers: Sequence[str]) -> int:
 
 def _path(state: Path, experts: str) -> Path:
     return state / f"{experts}.safetensors"
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    """In one step: a file of that name is whole."""
-    from safetensors.torch import save_file
-
-    temporary = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)

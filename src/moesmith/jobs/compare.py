@@ -1,4 +1,4 @@
-"""Try many ways to have fewer experts on text nobody chose them by, without writing a model.
+"""Try many ways to have fewer experts on text the profile has not seen, without writing a model.
 
 Every criterion at every count, random controls, and merging; each is judged by how far its next-token
 distribution is from the original's (KL), top-1 agreement, and perplexity per domain, all with 95 % intervals
@@ -9,6 +9,7 @@ kept as it comes: a killed run goes on, and a later one with more criteria measu
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -100,16 +101,19 @@ def check(cfg: Config) -> None:
 
 def run(cfg: Config) -> None:
     from moesmith.data.corpora import corpus_hash
+    from moesmith.jobs._cut import enough_tokens, no_room
     from moesmith.jobs._memory import PeakMemory
     from moesmith.jobs._pair import canary_prompts, load, open_side
-    from moesmith.jobs._plans import FILE, compare_plans, profile_hash
+    from moesmith.jobs._plans import FILE, FORMAT, HELD_OUT, compare_plans, profile_hash
     from moesmith.prune.criteria import parse_domains
-    from moesmith.prune.stats import Profile, same_model
+    from moesmith.prune.stats import ROUTERS_ONLY, Profile, same_model
 
     started = time.perf_counter()
     side = open_side("A", cfg.model, anatomy=False)
     profile = Profile.read(cfg.profile)
-    same_model(profile, side.folder)
+    if not same_model(profile, side.folder):
+        console.warn(ROUTERS_ONLY.format(model=cfg.model))
+    enough_tokens(profile)
     tokenizer, documents, encoded = read_text(cfg, side)
     domains = parse_domains(cfg.domains)
     if not console.stderr().is_terminal:
@@ -120,10 +124,14 @@ def run(cfg: Config) -> None:
     save(cfg, cfg.out / "config.yaml")
 
     with PeakMemory() as peak:
+        reason = no_room(side.nbytes, cfg.device)
+        if reason is not None:
+            raise UserError(reason, "compare a packed copy: moesmith quantize")
         model = load(side, cfg.dtype, cfg.device)
         candidates, notes = plans(cfg, model, profile, domains)
         say_plan(cfg, profile, encoded, candidates, notes)
-        identity = f"{profile.meta.get('router_hash')} {side.storage} {model.dtype}"
+        known_as = side_hash(side)
+        identity = f"{known_as} {side.storage} {model.dtype}"
         kept = cfg.out / MEASURED
         with console.bar("comparing", total=1.0) as bar:
             evidence = compare_plans(
@@ -145,21 +153,21 @@ def run(cfg: Config) -> None:
     verdicts = judge(evidence, answers)
     show(evidence, verdicts, profile, answers)
     record = {
-        "format": 1,
+        "format": FORMAT,
         "command": "compare",
         "model": str(side.folder),
-        "model_hash": profile.meta.get("model_hash"),
+        "model_hash": known_as,
         "profile": str(cfg.profile),
         "profile_hash": profile_hash(profile),
         "identity": identity,
-        "corpus": cfg.corpus or "held out by the profile",
+        "corpus": cfg.corpus or HELD_OUT,
         "text_hash": corpus_hash(encoded),
         "config": cfg.model_dump(mode="json"),
         "versions": {name: metadata.version(name) for name in ("moesmith", "torch", "transformers", "scipy")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "experts": profile.layers[0].num_experts,
         "top_k": max(layer.top_k for layer in profile.layers),
-        "documents": len(encoded),
+        "documents": len(evidence[0]["documents"]["tokens"]),
         "tokens": sum(evidence[0]["documents"]["tokens"]),
         "notes": notes,
         "verdicts": verdicts,
@@ -172,14 +180,25 @@ def run(cfg: Config) -> None:
     beside = "" if cfg.corpus else write_beside_profile(cfg, record)
     page = report(cfg, record, profile, candidates, answers, alike)
     console.row("written", f"{cfg.out / FILE}{beside}" + (f" · {page}" if page else ""))
-    best_cut = next((v for v in reversed(verdicts) if v["level"] == "safe"), verdicts[0])
-    console.next_command(
-        f"moesmith prune {cfg.model} --profile {cfg.profile} --keep {best_cut['keep']} "
-        f"--score {best_cut['best']} --out small"
-    )
+    console.next_command(next_prune(cfg, verdicts))
     without = ("documents", "keeps")
     slim = [{key: value for key, value in one.items() if key not in without} for one in evidence]
     console.emit({**record, "evidence": slim, "out": str(cfg.out)})
+
+
+def side_hash(side: Any) -> str:
+    """What tells this model, with its adapter, from any other: measurements are taken up under it."""
+    import hashlib
+
+    from moesmith.models.identity import model_hash
+
+    found = model_hash(side.folder)
+    if side.adapter is None:
+        return found
+    digest = hashlib.sha256(found.encode())
+    for path in sorted(Path(side.adapter).glob("adapter_*")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
 
 
 # ---------------------------------------------------------------- what is asked
@@ -238,6 +257,8 @@ def plans(cfg: Config, model: Any, profile: Profile, domains: Any) -> tuple[list
     from moesmith.prune.criteria import CRITERIA
 
     scores = [name for name in CRITERIA if name != "random"] if cfg.scores == ["all"] else cfg.scores
+    if not scores:
+        raise UserError("no score to compare", "name some: --scores reap,contribution, or all")
     unknown = [name for name in scores if name not in CRITERIA or name == "random"]
     if unknown:
         words = ", ".join(name for name in CRITERIA if name != "random")
@@ -280,6 +301,8 @@ def say_plan(
     candidates: Sequence[Candidate],
     notes: Sequence[str],
 ) -> None:
+    from moesmith.data.pieces import row_numbers
+
     layer = profile.layers[0]
     console.row(
         "model",
@@ -289,7 +312,8 @@ def say_plan(
     for one in encoded:
         by_domain[one.domain] = by_domain.get(one.domain, 0) + len(one.ids) - 1
     tokens = ", ".join(f"{name} {console.count(count)}" for name, count in by_domain.items())
-    console.row("text", f"{len(encoded)} documents nothing was chosen by · tokens: {tokens}")
+    n = len(set(row_numbers(one.id for one in encoded)))
+    console.row("text", f"{n} documents that the profile has not seen · tokens: {tokens}")
     counts = sorted({candidate.count for candidate in candidates}, reverse=True)
     console.row("plans", f"{len(candidates)}, keeping {', '.join(map(str, counts))} experts")
     for note in notes:
@@ -333,6 +357,7 @@ def ask(
             context = context_of(model, candidate, profile)
             with context():
                 answers = canary(model, tokenizer, prompts, cfg.canary_tokens)
+            del context  # a merge holds its stacks: not those of two at once
             compared[candidate.name] = compare(original, answers)
             bar.advance(len(prompts), candidate.name)
     return {"prompts": len(prompts), "compared": compared}
@@ -343,7 +368,8 @@ def ask(
 
 def judge(evidence: Sequence[Evidence], answers: dict[str, Any] | None) -> list[dict[str, Any]]:
     """One verdict per count, most experts first: who wins, by how much over whom, and whether it is safe."""
-    from moesmith.jobs._plans import best, difference, level, win_shares
+    from moesmith.jobs._cut import reasons, seems_safe
+    from moesmith.jobs._plans import best, difference, judged, level, win_shares
 
     verdicts = []
     for count in _counts(evidence):
@@ -378,22 +404,53 @@ def judge(evidence: Sequence[Evidence], answers: dict[str, Any] | None) -> list[
                 "against": others,
                 "canary_worse": told["worse"] if told else None,
                 "level": level(winner, told),
+                "seems_safe": seems_safe(judged(winner)) and not (told and told["worse"]),
+                "reasons": [*reasons(judged(winner)), *(told["worse"] if told else ())],
             }
         )
     return verdicts
 
 
+def recommended(verdicts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The deepest safe cut with nothing but safe ones above it; None if even the mildest is not safe.
+
+    A cut that looks safe below one that is not has been lucky, so it is not recommended.
+    """
+    found = None
+    for verdict in sorted(verdicts, key=lambda one: -one["keep"]):
+        if verdict["level"] != "safe":
+            break
+        found = verdict
+    return found
+
+
+def next_prune(cfg: Config, verdicts: Sequence[dict[str, Any]]) -> str:
+    """The command that writes the recommended plan, or the mildest: with the very options it was made by."""
+    chosen = recommended(verdicts) or verdicts[0]
+    domains = "" if cfg.domains == "mean" else f" --domains {shlex.quote(cfg.domains)}"
+    return (
+        f"moesmith prune {shlex.quote(cfg.model)} --profile {shlex.quote(str(cfg.profile))} "
+        f"--keep {chosen['keep']} --score {chosen['best']}{domains} --out small"
+    )
+
+
 def sentence(verdicts: Sequence[dict[str, Any]], experts: int) -> tuple[str, str]:
     """(level, one sentence for a hurried person)."""
-    safe = [v for v in verdicts if v["level"] == "safe"]
-    if safe:
-        least = safe[-1]
+    least = recommended(verdicts)
+    if least is not None:
         share = 100 * (1 - least["keep"] / experts)
         return "safe", (
             f"Keeping {least['keep']} of {experts} experts ({share:.3g} % dropped) chosen by {least['best']} "
             f"looks safe: KL {least['kl']:.3g} nats per token, perplexity ×{least['ppl_ratio']:.3f}."
         )
     first = verdicts[0]
+    if first["level"] == "caution" and first["seems_safe"]:
+        return "caution", (
+            "Too little text to call any cut safe. "
+            f"The mildest, keeping {first['keep']} of {experts} experts by {first['best']}, "
+            f"has figures below the limits: KL {first['kl']:.3g} nats per token, "
+            f"perplexity ×{first['ppl_ratio']:.3f}."
+        )
     word = "is a compromise" if first["level"] == "caution" else "costs more than that"
     mild = f"even keeping {first['keep']} of {experts} {word}"
     return ("caution" if first["level"] == "caution" else "stop"), (
@@ -422,7 +479,12 @@ def show(
                 f"{ends['b']['hits']} (was {ends['a']['hits']}) · length ×{facts['length_ratio']:.2f}",
                 10,
             )
-    console.row("verdict", sentence(verdicts, experts)[1], 10)
+    level, words_ = sentence(verdicts, experts)
+    console.row("verdict", words_, 10)
+    if level != "safe":
+        for point in verdicts[0]["reasons"]:
+            console.row("", point, 10)
+    console.row("", NOTE, 10)
 
 
 def table_rows(evidence: Sequence[Evidence], counts: Sequence[int]) -> list[list[str]]:
@@ -499,11 +561,12 @@ def report(
     alike: Any,
 ) -> Path | None:
     """The page; what of it there is to show."""
+    from moesmith.jobs._cut_words import arguments
     from moesmith.prune.summary import profile_facts
     from moesmith.report import write_report
 
     verdicts = record["verdicts"]
-    shown = next((v for v in reversed(verdicts) if v["level"] == "safe"), verdicts[0])
+    shown = recommended(verdicts) or verdicts[0]
     plan = next(candidate.plan for candidate in candidates if candidate.name == shown["name"])
     level, words_ = sentence(verdicts, record["experts"])
     facts: dict[str, Any] = {
@@ -513,18 +576,22 @@ def report(
         "verdict": {
             "level": level,
             "sentence": words_,
-            "points": [f"keep {v['keep']}: {words(v)}" for v in verdicts],
+            "points": [
+                *(f"keep {v['keep']}: {words(v)}" for v in verdicts),
+                *(verdicts[0]["reasons"] if level != "safe" else ()),
+                NOTE,
+            ],
         },
         "pareto": pareto(record),
         **profile_facts(profile, plan),
         "how": {
-            "command": f"moesmith compare {cfg.model} --profile {cfg.profile} --out {cfg.out}",
+            "command": arguments(cfg, command="compare"),
             **{key: record[key] for key in ("date", "versions", "model_hash", "profile_hash", "tokens")},
             "corpus_hash": profile.meta.get("corpus_hash"),
             "seconds": record["seconds"],
         },
     }
-    facts["notes"] = [*facts.get("notes", []), *record["notes"], NOTE, *merge_notes(cfg)]
+    facts["notes"] = [*facts.get("notes", []), *record["notes"], *merge_notes(cfg)]
     if alike:
         from moesmith.prune.similarity import facts as similarity_facts
 
@@ -535,8 +602,8 @@ def report(
 
 
 NOTE = (
-    "The best of several criteria is chosen and judged on the same documents, so its figures are a little "
-    "too good; the share of resamples in which it comes first says how sure the choice is."
+    "the best score and count are chosen and judged on the same documents, so these figures are optimistic: "
+    "judge what `prune` writes on other text, `moesmith verify MODEL SMALL --corpus NAME=FILE`"
 )
 
 

@@ -1,6 +1,6 @@
 """Train a pruned model to answer like the model it was cut from; kept only if that is measurably so.
 
-First the routers alone, then LoRA on experts, attention and routers, both by distillation: the teacher reads
+First the routers alone, then LoRA on experts and attention, both by distillation: the teacher reads
 the training text once, then leaves memory. Each stage is accepted only if the divergence from the teacher
 falls on text that was not trained on, and the answers to the canary's prompts get no worse; otherwise it is
 reverted and the reason is said. A stopped run goes on where it was.
@@ -43,6 +43,7 @@ OUT_OF_MEMORY = "heal a packed copy (moesmith quantize), lower --max-length, or 
 
 RECORD = "heal.json"
 DEV_EVERY = 10  # one training document in ten chooses the best step; the held-out text only judges
+ROUTER_RMS = 0.02  # of a usual router's weights: the router's updates are scaled with its own against this
 
 
 class Stage(TrainSettings):
@@ -66,11 +67,11 @@ class RouterStage(Stage):
 
 
 class LoraStage(Stage):
-    """Experts, attention and routers."""
+    """Experts and attention."""
 
-    lr: float = pydantic.Field(2e-4, gt=0)
+    lr: float = pydantic.Field(1e-4, gt=0)
     """Highest learning rate."""
-    targets: list[Placement] = ["experts", "attention", "router"]
+    targets: list[Placement] = ["experts", "attention"]
     """Any of experts, attention, router, shared_experts, dense_mlp."""
 
 
@@ -187,12 +188,15 @@ def run(cfg: Config) -> None:
         accepted: list[Path] = []
         for name in cfg.stages:
             adapter = train_stage(cfg, name, pruned, accepted, said, train, dev, tokenizer, work)
-            after = judge.measure(load(pruned, cfg, (*accepted, adapter)))
-            decision = decide(name, current, after)
+            if adapter is None:
+                after, decision = current, nothing_gained(name, current)
+            else:
+                after = judge.measure(load(pruned, cfg, (*accepted, adapter)))
+                decision = decide(name, current, after)
+                console.row(name, after.line())
             stages.append(decision)
-            console.row(name, after.line())
-            console.row("", said_of(decision))
-            if decision["accepted"]:
+            console.row("" if adapter else name, said_of(decision))
+            if adapter and decision["accepted"]:
                 accepted.append(adapter)
                 current = after
     facts = {
@@ -228,10 +232,11 @@ def read_text(cfg: Config, tokenizer: Any, teacher: Side) -> tuple[list[Document
     from moesmith.data.corpora import encode, parse_corpora, read_documents, read_held_out
     from moesmith.jobs._cut import in_turn
     from moesmith.jobs._pair import check_ids
-    from moesmith.prune.stats import Profile, same_model
+    from moesmith.prune.stats import ROUTERS_ONLY, Profile, same_model
 
     if cfg.profile is not None:
-        same_model(Profile.read(cfg.profile), teacher.folder)
+        if not same_model(Profile.read(cfg.profile), teacher.folder):
+            console.warn(ROUTERS_ONLY.format(model=cfg.teacher))
         learned = read_held_out(cfg.profile / "documents.jsonl")
         judged = read_held_out(cfg.profile)
         check_ids(tokenizer, [*learned, *judged], cfg.profile)
@@ -376,8 +381,9 @@ def decide(stage: str, before: Measured, after: Measured) -> dict[str, Any]:
     from moesmith.eval.bootstrap import ratio_interval
     from moesmith.eval.canary import worse
 
-    tokens = before.divergence.tokens
-    change = after.divergence.kl_sums - before.divergence.kl_sums
+    per_row = before.divergence.per_row
+    tokens = per_row(before.divergence.tokens)
+    change = per_row(after.divergence.kl_sums - before.divergence.kl_sums)
     mean, interval = float(change.sum() / tokens.sum()), ratio_interval(change, tokens)
     reasons = []
     if mean >= 0:
@@ -391,12 +397,24 @@ def decide(stage: str, before: Measured, after: Measured) -> dict[str, Any]:
         "stage": stage,
         "accepted": not reasons,
         "reasons": reasons,
-        "kl_before": float(before.divergence.kl_sums.sum() / tokens.sum()),
-        "kl_after": float(after.divergence.kl_sums.sum() / tokens.sum()),
+        "kl_before": mean_kl(before),
+        "kl_after": mean_kl(after),
         "change": mean,
         "change_ci": interval,
         "answers_compared": before.canary is not None,
     }
+
+
+def mean_kl(measured: Measured) -> float:
+    """Nats per token."""
+    return float(measured.divergence.kl_sums.sum() / measured.divergence.tokens.sum())
+
+
+def nothing_gained(stage: str, before: Measured) -> dict[str, Any]:
+    """The decision on a stage whose best step was worse than none, on the documents that choose it."""
+    kl = mean_kl(before)
+    reason = "no step came nearer to the teacher, on the documents that choose the step"
+    return {"stage": stage, "accepted": False, "reasons": [reason], "kl_before": kl, "kl_after": kl}
 
 
 def said_of(decision: dict[str, Any]) -> str:
@@ -421,35 +439,59 @@ def train_stage(
     dev: Sequence[Example],
     tokenizer: Any,
     work: Path,
-) -> Path:
-    """Train one stage on top of the accepted ones. The folder of its best adapter."""
+) -> Path | None:
+    """Train one stage on top of the accepted ones. The folder of its best adapter; None if none is better
+    than before.
+    """
     from moesmith.train.distill import DistillSession
     from moesmith.train.folder import RunFolder
 
     stage: Stage = cfg.router if name == "router" else cfg.lora
     targets: list[Placement] = ["router"] if name == "router" else cfg.lora.targets
+    model = load(side, cfg, accepted)
+    relative = router_rms(model) / ROUTER_RMS if name == "router" else 1.0
     settings = RunSettings(
         out=str(work / name),
         seed=cfg.seed,
-        lora=LoraSettings(r=stage.r, alpha=stage.alpha, targets=targets),
+        lora=LoraSettings(r=stage.r, alpha=stage.alpha * relative, targets=targets),
         train=TrainSettings(
             **{key: value for key, value in vars(stage).items() if key in TrainSettings.model_fields}
         ),
     )
     folder = RunFolder(settings.out)
-    if folder.result.exists():
-        return folder.best if folder.best.is_dir() else folder.last
-    settings.resume = folder.newest_checkpoint() is not None
-    settings.overwrite = not settings.resume
-    session = DistillSession(load(side, cfg, accepted), tokenizer, train, dev, settings, teacher=said)
-    counts = ", ".join(f"{place} {n:,}" for place, n in session.plan.adapters.trainable.items())
-    console.note(f"{name}: {session.plan.steps} steps, parameters {counts}")
-    result = session.train()
-    if not result.finished:
-        raise UserError(f"stopped ({result.stopped}); nothing is lost", "the same command goes on")
-    del session
+    if not folder.result.exists():
+        settings.resume = folder.newest_checkpoint() is not None
+        settings.overwrite = not settings.resume
+        session = DistillSession(model, tokenizer, train, dev, settings, teacher=said)
+        counts = ", ".join(f"{place} {n:,}" for place, n in session.plan.adapters.trainable.items())
+        console.note(f"{name}: {session.plan.steps} steps, parameters {counts}")
+        if not session.train().finished:
+            raise UserError("stopped; nothing is lost", "the same command goes on")
+        del session
+    del model
     gc.collect()
-    return result.best or result.last
+    result = json.loads(folder.result.read_text(encoding="utf-8"))
+    better = folder.best.is_dir() and result["best_eval_loss"] < result["first_eval_loss"]
+    return folder.best if better else None
+
+
+def router_rms(model: Any) -> float:
+    """Root mean square of the routers' weights, median over layers: what an update is large or small against.
+
+    A model whose routers are scaled down (one made from a dense model, where they only choose) would lose its
+    routing to updates of the usual size.
+    """
+    import torch
+
+    from moesmith.models.layers import submodule, text_layers
+
+    found = [
+        parameter.detach().float().square().mean().sqrt()
+        for layer in text_layers(model)
+        for parameter in submodule(model, layer.router).parameters()
+        if parameter.ndim == 2 and parameter.shape[0] >= layer.num_experts
+    ]
+    return float(torch.stack(found).median())
 
 
 def load(side: Side, cfg: Config, adapters: Sequence[Path]) -> Any:

@@ -34,7 +34,9 @@ PROFILE = "profile.json"  # written last: a folder with it is a whole profile
 UNFINISHED = "unfinished.json"  # there while a profile is not whole: what it is made of
 STATE = "replay.safetensors"  # what the replay has added up so far
 SPOOL = "stream"  # folder of what --stream keeps on disk
-FREE = ("overwrite",)  # options that do not change what is measured
+# Options that do not change what is measured; whether it is the same model is told by its hash.
+FREE = ("overwrite", "out", "model")
+OF_ANSWERS = ("new_tokens", "thinking", "sample", "seed")
 
 
 class Config(JobConfig):
@@ -85,7 +87,7 @@ class Config(JobConfig):
 
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused: no such text, no such folder, a place that is taken."""
-    from moesmith.data.corpora import parse_corpora
+    from moesmith.data.corpora import check_there, parse_corpora
     from moesmith.models.checkpoint import local_folder
 
     if cfg.corpus and cfg.prompts is not None:
@@ -93,10 +95,7 @@ def check(cfg: Config) -> None:
             "--corpus and --prompts are both given",
             "prompts can be a corpus too: --corpus math=prompts.jsonl",
         )
-    for name, path in parse_corpora(cfg.corpus).items():
-        looks_local = path.startswith((".", "~", "/")) or path.count("/") != 1
-        if looks_local and not Path(path).expanduser().exists():
-            raise no_such_file(path, f"corpus {name}")
+    check_there(parse_corpora(cfg.corpus))
     if cfg.prompts is not None and not Path(cfg.prompts).expanduser().exists():
         raise no_such_file(cfg.prompts, "prompts")
     if cfg.stream and cfg.generate:
@@ -111,7 +110,7 @@ def run(cfg: Config) -> None:
     from moesmith.data import leaks
     from moesmith.data.corpora import HELD_OUT, check_enough, corpus_hash, hold_out, write_documents
     from moesmith.jobs._memory import PeakMemory
-    from moesmith.jobs._profile_words import meta, say_profile, say_text, side_facts
+    from moesmith.jobs._profile_words import meta, say_profile, say_text, side_facts, versions
     from moesmith.jobs._replay import replay, replay_batches
     from moesmith.jobs._streamed import open_streamed, replay_streamed, text_layers
     from moesmith.models.checkpoint import resolve
@@ -138,14 +137,15 @@ def run(cfg: Config) -> None:
         leaks.write(cfg.out / leaks.NGRAMS, ngrams)
 
         about = {**hashes, "corpus_hash": corpus_hash(used)}
+        run_of = {**about, **versions()}  # another version may compute other bits: sums are not mixed
         batches = replay_batches([document.ids for document in used], cfg.batch_tokens)
         replayed_at = time.perf_counter()
         if streamed:
             collector = Collector(text_layers(streamed), records(used))
-            replay_streamed(streamed, collector, batches, spool(cfg.out, about))
+            replay_streamed(streamed, collector, batches, spool(cfg.out, run_of))
         else:
             collector = Collector(layers, records(used))
-            replay(model, collector, batches, cfg.out / STATE, about)
+            replay(model, collector, batches, cfg.out / STATE, run_of)
         seconds = {"replay": time.perf_counter() - replayed_at, "all": time.perf_counter() - started}
 
     facts = {
@@ -204,8 +204,21 @@ def holds_work(out: Path) -> bool:
 
 
 def options(cfg: Config) -> dict[str, Any]:
-    """The options that change what is measured, as JSON values."""
-    return {key: value for key, value in cfg.model_dump(mode="json").items() if key not in FREE}
+    """The options that change what is measured, as JSON values; a path is one however it is written."""
+    from moesmith.data.corpora import parse_corpora
+
+    unused = [] if cfg.generate is not False and not cfg.stream else [*OF_ANSWERS]
+    unused += [] if cfg.sample else ["seed"]
+    found = cfg.model_dump(mode="json", exclude={*FREE, *unused})
+    found["corpus"] = {name: _real(path) for name, path in parse_corpora(cfg.corpus).items()}
+    found["prompts"] = cfg.prompts and _real(cfg.prompts)
+    return found
+
+
+def _real(path: str) -> str:
+    """The whole path of a local file or folder; a hub name as it is."""
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path
 
 
 def start_folder(cfg: Config, folder: Path, num_experts: set[int]) -> dict[str, str]:
@@ -227,7 +240,7 @@ def start_folder(cfg: Config, folder: Path, num_experts: set[int]) -> dict[str, 
             return hashes
         if not cfg.overwrite:
             raise UserError(
-                f"{cfg.model} has changed since the profile in {out} was interrupted",
+                f"{cfg.model} is another model, or has changed since the profile in {out} was interrupted",
                 "--overwrite starts over",
             )
     clear(out)
@@ -300,10 +313,9 @@ def look_at(folder: Path, cfg: Config) -> tuple[Any, list[Any], int | None]:
     if not layers:
         raise UserError(f"{cfg.model} has no MoE layers: there are no experts to profile")
     first = layers[0]
-    counts = sorted({layer.num_experts for layer in layers})
+    counts = "/".join(map(str, sorted({layer.num_experts for layer in layers})))
     console.row(
-        "model",
-        f"{folder.name} · {len(layers)} layers x {'/'.join(map(str, counts))} experts, top-{first.top_k}",
+        "model", f"{Path(cfg.model).name} · {len(layers)} layers x {counts} experts, top-{first.top_k}"
     )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return AutoTokenizer.from_pretrained(folder), layers, positions

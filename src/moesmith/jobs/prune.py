@@ -14,6 +14,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -61,7 +62,7 @@ class Config(JobConfig):
         "auto", "contribution", "reap", "prompt_norm", "easyep", "relative", "man", "msan", "ean", "ean_ca",
         "max_norm", "frequency", "gate", "esft_gate", "esft_token", "random",
     ] = "contribution"  # fmt: skip
-    """What ranks the experts; auto measures the main ones on held-out text and takes the best."""
+    """What ranks the experts; auto loads the model, measures the main ones and takes the best."""
     domains: str = "mean"
     """How domains become one score: mean, max, or weights: code=2,math=1."""
     protect: int = pydantic.Field(0, ge=0)
@@ -115,10 +116,11 @@ def check(cfg: Config) -> None:
 
 
 def run(cfg: Config) -> None:
+    from moesmith.jobs._cut import enough_tokens
     from moesmith.jobs._cut_words import arguments, plan_facts, say_layers, say_plan, say_result
     from moesmith.models.checkpoint import Checkpoint, resolve
     from moesmith.prune.sizes import measure
-    from moesmith.prune.stats import Profile, same_model
+    from moesmith.prune.stats import ROUTERS_ONLY, Profile, same_model
     from moesmith.prune.summary import profile_facts, reliability_facts
 
     started = time.perf_counter()
@@ -126,7 +128,8 @@ def run(cfg: Config) -> None:
     checkpoint = Checkpoint.open(source)
     refuse_foreign(checkpoint, cfg.model)
     profile = Profile.read(cfg.profile)
-    same_model(profile, source)
+    if not same_model(profile, source):
+        console.warn(ROUTERS_ONLY.format(model=cfg.model))
     enough_tokens(profile)
     sizes = measure(checkpoint.tensors, profile.layers[0].num_experts, checkpoint.quantization)
     measuring = Measuring(cfg, source, checkpoint.nbytes)
@@ -147,6 +150,8 @@ def run(cfg: Config) -> None:
     took |= written.seconds
     say_result(cfg.out, written.evidence, written.verdict, written.weights, took)
     verify = f"moesmith verify {cfg.model} {cfg.out} --profile {cfg.profile}"
+    if "selected" in plan.meta:
+        verify += " --corpus NAME=FILE"
     if written.weights is None:
         console.next_command(f"moesmith compare {cfg.model} --profile {cfg.profile}")
     elif written.evidence is None:
@@ -188,32 +193,28 @@ def refuse_foreign(checkpoint: Any, model: str) -> None:
         raise UserError(f"{model} is quantised with {method}", "prune its 16-bit version")
 
 
-def enough_tokens(profile: Profile) -> None:
-    """Raise UserError for a layer that no token reached: its experts cannot be ranked."""
-    for layer in profile.layers:
-        if float(layer.total("tokens").sum()) == 0:
-            raise UserError(
-                f"no token of the profile reached {layer.layer}: its experts cannot be ranked",
-                "text never gets there, or the profile is too small",
-            )
-
-
 def choose(cfg: Config, profile: Profile, sizes: Sizes, measuring: Measuring) -> Plan:
     """The plan that was asked for; with --score auto by the score that does least harm."""
-    score: str = cfg.score
-    chosen_from = None
-    if score == "auto":
-        count = plan_with(cfg, profile, sizes, "contribution").count
-        if count is None:
+    from moesmith.jobs import _plans
+
+    why = None
+    if cfg.score == "auto":
+        if cfg.budget == "layer":
             raise UserError(
                 "--score auto compares plans of one count for all layers", "--budget uniform, or name a score"
             )
-        score, rows = measuring.best_score(profile, count)
-        chosen_from = [{key: row[key] for key in ("series", "keep", "kl")} for row in rows]
-    plan = plan_with(cfg, profile, sizes, score)
+        plan, rows = measuring.best_plan(profile, lambda score: plan_with(cfg, profile, sizes, score))
+        plan.meta["chosen_from"] = [{key: row[key] for key in ("series", "keep", "kl")} for row in rows]
+        why = "--score auto chose this score"
+    else:
+        plan = plan_with(cfg, profile, sizes, cfg.score)
+        why = _plans.selected(cfg.profile, profile, plan.score, plan.count)
     plan.meta["asked"] = {name: getattr(cfg, name) for name in WISHES if getattr(cfg, name) is not None}
-    if chosen_from:
-        plan.meta["chosen_from"] = chosen_from
+    if why is not None:
+        plan.meta["selected"] = (
+            f"{why} on the held-out text that also judges the result, so the figures are optimistic: judge "
+            "it with `moesmith verify` on other text (--corpus NAME=FILE)"
+        )
     return plan
 
 
@@ -267,6 +268,14 @@ def smallest_cut(cfg: Config, profile: Profile, plan: Plan) -> Keep | None:
 # ---------------------------------------------------------------- the evidence
 
 
+def holds_text(profile: Path) -> bool:
+    """Whether a profile held out anything to judge on."""
+    from moesmith.data.corpora import HELD_OUT
+
+    path = profile / HELD_OUT
+    return path.is_file() and path.stat().st_size > 0
+
+
 class Measuring:
     """The original model and the held-out text, loaded when they are first needed, once."""
 
@@ -282,6 +291,8 @@ class Measuring:
 
         if self.cfg.evidence == "none":
             return "--evidence none"
+        if self.cfg.evidence == "auto" and not holds_text(self.cfg.profile):
+            return f"{self.cfg.profile} holds out no text"
         if self.cfg.evidence == "auto" and self._model is None:
             return no_room(self.nbytes, self.cfg.device)
         return None
@@ -312,34 +323,54 @@ class Measuring:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def best_score(self, profile: Profile, count: int) -> tuple[str, list[dict[str, Any]]]:
-        """The score with the lowest KL at this count, and all that were compared, best first.
+    def best_plan(
+        self, profile: Profile, plan_of: Callable[[str], Plan]
+    ) -> tuple[Plan, list[dict[str, Any]]]:
+        """The plan with the lowest KL of those the scores would write, and what was compared, best first.
 
-        Taken from what `moesmith compare` has measured if that has every plan, else measured here: figures
-        on different text cannot be compared.
+        Taken from what `moesmith compare` has measured on this model if that has every plan, else measured
+        here: figures on different text cannot be compared.
         """
         from moesmith.jobs import _plans
-        from moesmith.prune.criteria import parse_domains
+        from moesmith.models.identity import model_hash
 
-        known = [
-            row
-            for row in _plans.read_evidence(self.cfg.profile, profile) or []
-            if row["kind"] == "prune" and row["keep"] == count
-        ]
-        scores = dict.fromkeys([*_plans.SCORES, *(row["series"] for row in known)])
-        candidates = _plans.candidate_plans(
-            profile, [count], list(scores), parse_domains(self.cfg.domains), randoms=0
-        )
-        # The same score over other domains is another plan: the kept experts have to be these.
-        there = {row["series"]: row for row in known}
-        keeps = {candidate.series: candidate.keep for candidate in candidates}
-        rows = [row for name, row in there.items() if row["keeps"] == keeps[name]]
-        if len(rows) < len(candidates):
+        there: dict[str, list[dict[str, Any]]] = {}
+        for row in _plans.read_evidence(self.cfg.profile, profile, model_hash(self.source)) or []:
+            if row["kind"] == "prune":
+                there.setdefault(row["series"], []).append(row)
+        plans: dict[str, Plan] = {}
+        rows: list[dict[str, Any]] = []
+        refused: UserError | None = None
+        for score in dict.fromkeys([*_plans.SCORES, *there]):
+            try:
+                plan = plan_of(score)
+            except UserError as error:  # this score cannot meet the wish; another may
+                refused = error
+                console.note(f"{score} left out: {error.message}")
+                continue
+            # Another count, other domains, other protected experts: another plan. The kept have to be these.
+            same = [row for row in there.get(score, ()) if row["keeps"] == plan.keep]
+            rows += same[:1]
+            if same or score in _plans.SCORES:
+                plans[score] = plan
+        if refused is not None and not plans:
+            raise refused
+        if len(rows) < len(plans):
+            candidates = [
+                _plans.Candidate(score, "prune", plan.count or 0, plan.keep, plan.domains, plan=plan)
+                for score, plan in plans.items()
+            ]
             rows = self._compare(profile, candidates)
         rows.sort(key=lambda row: row["kl"])
-        said = " · ".join(f"{row['series']} {row['kl']:.3g}" for row in rows)
-        console.row("auto", f"KL at {count} experts: {said}", 10)
-        return rows[0]["series"], rows
+        several = len({row["keep"] for row in rows}) > 1
+        said = [f"{row['series']} {row['kl']:.3g}" + f" ({row['keep']})" * several for row in rows]
+        where = "by count" if several else f"at {rows[0]['keep']} experts"
+        shares = _plans.win_shares(rows) if len(rows) > 1 else {}
+        first = shares.get(rows[0]["series"])
+        sure = "" if first is None else f" · first in {100 * first:.0f} % of resamples"
+        n = len(rows[0]["documents"]["nats"])
+        console.row("auto", f"KL {where}, {n} documents: {' · '.join(said)}{sure}", 10)
+        return plans[rows[0]["series"]], rows
 
     def _compare(self, profile: Profile, candidates: list[Any]) -> list[dict[str, Any]]:
         from moesmith.jobs import _plans
@@ -383,7 +414,7 @@ class Measuring:
         least = smallest_cut(cfg, profile, plan)
         if least is not None and measured.grade(found.rows[measured.PLAN], None) != "safe":
             found.rows |= measured.measure(model, texts, {measured.SMALLEST: least}, measured.SMALLEST)
-        found.skipped = skipped
+        found.skipped, found.selected = skipped, plan.meta.get("selected")
         return found
 
 
@@ -468,6 +499,7 @@ def write_beside(
 ) -> None:
     """Plan, record, report and model card."""
     from moesmith import __version__
+    from moesmith.data.leaks import NGRAMS
     from moesmith.jobs._cut_words import arguments, card, report_facts
     from moesmith.models.checkpoint import RECORD
     from moesmith.prune.plan import FILE
@@ -480,6 +512,8 @@ def write_beside(
         "evidence": evidence.facts() if evidence else {"skipped": [reason]},
     }
     plan.write(folder / FILE)
+    if (cfg.profile / NGRAMS).is_file():  # so that a moved or shared model still knows what it was chosen on
+        shutil.copyfile(cfg.profile / NGRAMS, folder / NGRAMS)
     record = {
         "command": "prune",
         "config": cfg.model_dump(mode="json"),
@@ -492,8 +526,6 @@ def write_beside(
     }
     write_atomically(folder / RECORD, json.dumps(record, indent=2) + "\n")
     notes = [f"nothing was measured: {reason}"] if reason else []
-    if "chosen_from" in plan.meta:
-        notes.append("the score was chosen on the held-out text that also judges the cut: a little too kind")
     write_report(folder, report_facts(cfg, plan, profile, evidence, written.verdict, summary, record, notes))
     path = folder / "README.md"
     before = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {folder.stem}"

@@ -150,6 +150,7 @@ def run(cfg: Config) -> None:
     measured = found.facts()
     compared = compare(answers[0], answers[1]) if answers else None
     level, sentence, points = verdict(measured, compared)
+    points += chosen_here(cfg, plan)
     facts = {
         "command": "verify",
         "verdict": {"level": level, "sentence": sentence, "points": points},
@@ -214,6 +215,15 @@ def plan_of(side: Side) -> Plan | None:
     return Plan.read(side.folder) if (side.folder / FILE).is_file() else None
 
 
+def chosen_here(cfg: Config, plan: Plan | None) -> list[str]:
+    """That B's experts were chosen on the very text it is judged on, where `prune` wrote that down."""
+    selected = None if plan is None else plan.meta.get("selected")
+    if plan is None or selected is None or cfg.corpus or cfg.profile is None:
+        return []
+    folder = (plan.meta.get("profile") or {}).get("folder")
+    return [selected] if folder and Path(folder).resolve() == cfg.profile.resolve() else []
+
+
 def check_leaks(
     cfg: Config, b: Side, plan: Plan | None, documents: Sequence[Document]
 ) -> dict[str, Any] | None:
@@ -227,14 +237,22 @@ def check_leaks(
     """
     from moesmith.data import leaks
 
-    places = [cfg.profile, b.folder]
+    places = [cfg.profile, b.folder, b.adapter]
     remembered = (plan.meta.get("profile") or {}).get("folder") if plan is not None else None
     if remembered:
         places.append(Path(remembered))
-    place = next((p for p in places if p is not None and (p / leaks.NGRAMS).is_file()), None)
-    if place is None:
+    known = [
+        place for place in dict.fromkeys(places) if place is not None and (place / leaks.NGRAMS).is_file()
+    ]
+    if remembered and not any(place in (b.folder, Path(remembered)) for place in known):
+        console.warn(
+            f"{b.given} was cut by the profile {remembered}, which is not here: whether this text was part of it "
+            "cannot be checked"
+        )
+    if not known:
         return None
-    return {"against": str(place), **leaks.check_disjoint(leaks.read(place), documents)}
+    compared = [leaks.check_disjoint(leaks.read(place), documents) for place in known]
+    return {"against": ", ".join(map(str, known)), **max(compared, key=lambda counts: counts["shared"])}
 
 
 def say_text(

@@ -68,7 +68,7 @@ def _config_class(config: dict[str, Any]) -> Any:
 
     return (
         transformers.AutoConfig
-        if config["model_type"] in CONFIG_MAPPING
+        if config.get("model_type") in CONFIG_MAPPING
         else model_class(config).config_class
     )
 

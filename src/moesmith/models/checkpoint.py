@@ -38,6 +38,10 @@ SIDE_FILES = (
     "generation_config.json", "*processor_config.json", "*.tiktoken", "tekken.json",
 )  # fmt: skip
 
+PAPERS = ("README.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
+# The same weights once more, in the layout of who trained them. A * of these patterns matches "/" too.
+OTHER_WEIGHTS = ("*/*", "consolidated*")
+
 
 @dataclass
 class Checkpoint:
@@ -149,8 +153,10 @@ def resolve(model: str | Path) -> Path:
     from huggingface_hub import HfApi
 
     with _HubErrors(str(model)):
-        patterns = ["*.safetensors", INDEX, "config.json", *SIDE_FILES]
-        return Path(HfApi().snapshot_download(str(model), allow_patterns=patterns))
+        patterns = ["*.safetensors", INDEX, "config.json", *SIDE_FILES, *PAPERS]
+        return Path(
+            HfApi().snapshot_download(str(model), allow_patterns=patterns, ignore_patterns=[*OTHER_WEIGHTS])
+        )
 
 
 class _HubErrors:

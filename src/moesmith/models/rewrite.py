@@ -41,7 +41,13 @@ WEIGHTS = (
     ".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx",
     ".onnx_data", ".tflite",
 )  # fmt: skip
-REBUILT = ("config.json", RECORD)
+REBUILT = ("config.json", RECORD)  # and written anew beside the weights
+# What moesmith wrote about a model or its text: not true of another model, and a profile holds text.
+RECORDS = (
+    RECORD, "adapter_config.json", "compare.json", "expert_drop_metadata.json", "heal.json", "ngrams.npy",
+    "profile.json", "unfinished.json", "verify.json",
+)  # fmt: skip
+REPORTS = ("report.html", "report.json", "report.png")
 
 COPIED, CUT, RENUMBERED, DROPPED, REMAPPED = "copied", "cut", "renumbered", "dropped", "remapped"
 _NUMBERED = re.compile(r"^(.*\bexperts)\.(\d+)\.(.+)$")  # model.layers.3.mlp.experts.17.w1.weight
@@ -116,16 +122,20 @@ def rewrite_checkpoint(
     if any(out.glob("*.safetensors")) or out.resolve() == source.resolve():
         raise UserError(f"{out} holds weights already", "give a new folder")
     plan = plan or plan_tensors(source, keep)
-    free = shutil.disk_usage(out).free
-    if free < plan.nbytes:
+    beside = list(_side_files(source, out))
+    free, needed = shutil.disk_usage(out).free, plan.nbytes + sum(file.stat().st_size for file in beside)
+    if free < needed:
         raise UserError(
-            f"the disk of {out} has {free:,} bytes free, the new checkpoint takes {plan.nbytes:,}",
+            f"the disk of {out} has {free:,} bytes free, the new checkpoint takes {needed:,}",
             "free some space, or give --out on another disk",
         )
     files = write_checkpoint(source, out, plan.tensors, on_bytes, shard_bytes)
     with full_disk(out):
         (out / "config.json").write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        side_files = list(_copy_side_files(source, out))
+        side_files = [str(file.relative_to(source)) for file in beside]
+        for file, name in zip(beside, side_files, strict=True):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / name)
     _check_written(out, plan)
     return Rewritten(files, side_files, plan.nbytes, plan.source_bytes, plan.counts, plan.heads, plan.left)
 
@@ -379,6 +389,12 @@ class _Planner:
     def plan(self, config: dict[str, Any]) -> TensorPlan:
         """The new tensors, in the order their bytes lie on disk."""
         self._find_numbered()
+        for header in self.headers.values():
+            if header.dtype not in DTYPE_BITS:
+                raise UserError(
+                    f"{self.source}: {header.name} is stored as {header.dtype}, which moesmith does not know",
+                    "prune the 16-bit version of the model",
+                )
         ordered = sorted(self.headers.values(), key=lambda header: (header.file, header.start))
         tensors = [new for header in ordered if (new := self._tensor(header)) is not None]
         counts = {kind: self.counts[kind] for kind in (COPIED, CUT, RENUMBERED, DROPPED, REMAPPED)}
@@ -617,19 +633,23 @@ def _check_written(out: Path, plan: TensorPlan) -> None:
         raise RuntimeError(f"{out} does not hold what was planned: {wrong[:4] or 'a name twice'}")
 
 
-def _copy_side_files(source: Path, out: Path) -> Iterator[str]:
-    """Copy what holds no weights, folders included; what `out` has already stays. Yields the names."""
+def _side_files(source: Path, out: Path) -> Iterator[Path]:
+    """Files that hold no weights and no record of ours, folders included; not what `out` has already.
+
+    A folder inside that is itself a model, an adapter, a profile or a report is none of this model's.
+    """
     for folder, folders, files in os.walk(source):
         inside = Path(folder).relative_to(source)
+        top = inside == Path()
+        if not top and any(name.endswith(WEIGHTS) or name in RECORDS for name in files):
+            folders.clear()
+            continue
         folders[:] = sorted(
             name
             for name in folders
             if not name.startswith(".") and not out.resolve().is_relative_to(Path(folder, name).resolve())
         )
         for name in sorted(files):
-            target = out / inside / name
-            if name.startswith(".") or name.endswith(WEIGHTS) or name in REBUILT or target.exists():
-                continue
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(Path(folder, name), target)
-            yield str(inside / name)
+            ours = name.endswith(WEIGHTS) or (top and name in (*REBUILT, *RECORDS, *REPORTS))
+            if not (ours or name.startswith(".") or (out / inside / name).exists()):
+                yield Path(folder, name)

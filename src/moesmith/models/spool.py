@@ -8,7 +8,6 @@ are read and written in order and are not mapped.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from moesmith.config import write_atomically
 from moesmith.errors import UserError
+from moesmith.models.ranges import FULL
 
 STATE = "state.json"
 
@@ -56,7 +56,8 @@ class Spool:
         """Layer `layer` is complete."""
         self.done = layer + 1
         record = {"identity": self.identity, "done": self.done}
-        write_atomically(self.folder / STATE, json.dumps(record) + "\n")
+        with self._room():
+            write_atomically(self.folder / STATE, json.dumps(record) + "\n")
 
     def holds(self, layer: int) -> bool:
         """Whether the tensors of that layer are still there."""
@@ -74,24 +75,33 @@ class Spool:
             UserError: the disk is full.
         """
         temporary = self._path(layer, "bin.part")
-        try:
-            with open(temporary, "wb") as file:
-                writer = Writer(file)
-                yield writer
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            if error.errno == errno.ENOSPC:
-                raise UserError(
-                    f"{self.folder}: the disk is full",
-                    "make room and start again: it goes on at this layer; or use less text",
-                ) from None
-            raise
-        temporary.replace(self._path(layer, "bin"))
-        index = {"forms": writer.forms, "chunks": writer.chunks}
-        write_atomically(self._path(layer, "json"), json.dumps(index) + "\n")
+        with self._room():
+            try:
+                with open(temporary, "wb") as file:
+                    writer = Writer(file)
+                    yield writer
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+            temporary.replace(self._path(layer, "bin"))
+            index = {"forms": writer.forms, "chunks": writer.chunks}
+            write_atomically(self._path(layer, "json"), json.dumps(index) + "\n")
         self._index[layer] = index
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """Turns a full disk into a UserError."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise UserError(
+                f"{self.folder}: the disk is full",
+                "make room and start again: it goes on at this layer; or use less text",
+            ) from None
 
     def read(self, layer: int, chunk: int, device: torch.device | str = "cpu") -> Any:
         """What the layer gave for a chunk; zeros that take no memory if it was dropped.
@@ -165,7 +175,8 @@ def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, (tuple, list)):
-        return type(value)([map_tensors(item, function) for item in value])
+        items = [map_tensors(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if _is_mapping(value):
         return {key: map_tensors(value[key], function) for key in value.keys()}  # noqa: SIM118
     return value

@@ -239,7 +239,8 @@ def resized_config(config: dict[str, Any], num_experts: int) -> dict[str, Any]:
     resized = copy.deepcopy(config)
     holder = resized
     for part in _path_to(submodule(model, "").config, owner) or ():  # type: ignore[arg-type]
-        holder = holder.get(part, holder)  # a flat config leaves the sub-config out
+        inner = holder.get(part)  # a flat config leaves the sub-config out, or says null
+        holder = holder if inner is None else inner
     keys = [key for key in CONFIG_COUNTS if key in holder]
     if not keys:  # left at its default: written under the name that is no alias
         keys = [owner.attribute_map.get(key, key) for key in CONFIG_COUNTS if hasattr(owner, key)][:1]

@@ -125,14 +125,15 @@ class Plan:
                     name: layer["retained"] for name, layer in layers.items() if layer["retained"] is not None
                 },
             )
+            dropped = {name: [int(e) for e in layer["drop"]] for name, layer in layers.items()}
         except FileNotFoundError:
             raise UserError(f"no such file: {path}") from None
         except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
             raise UserError(
                 f"{path} is not a plan of this version", "moesmith prune --dry-run makes one"
             ) from None
-        for name, layer in layers.items():
-            if sorted(layer["keep"] + layer["drop"]) != list(range(layer["num_experts"])):
+        for name, kept in plan.keep.items():
+            if sorted(kept + dropped[name]) != list(range(plan.num_experts[name])):
                 raise UserError(f"{path}: keep and drop of {name} are not its experts, each once")
         return plan
 
@@ -271,10 +272,10 @@ def _floor(layer: LayerStats, forced: set[int], step: int, protected: set[int]) 
     fullest = max(sum(e // size == group for e in forced) for group in range(layer.n_group))
     floor = math.ceil(max(fewest_to_route(layer), fullest * layer.n_group) / step) * step
     if floor > layer.num_experts:
+        what = f"its {len(protected)} protected experts" if protected else f"what it has to keep ({floor})"
         raise UserError(
-            f"{layer.layer}: no multiple of {step} up to {layer.num_experts} holds its {len(protected)} "
-            "protected experts",
-            "lower --protect or --multiple",
+            f"{layer.layer}: no multiple of {step} up to {layer.num_experts} holds {what}",
+            "lower --protect or --multiple" if protected else "lower --multiple",
         )
     return floor
 
@@ -350,7 +351,9 @@ def _asked_count(
             raise UserError(
                 f"{layer.layer} has to keep {floors[layer.layer]} experts (top-{layer.top_k}, protected and "
                 f"super experts), the plan keeps {count}",
-                f"--keep {max(floors.values())} or more, or lower --protect",
+                f"--keep {max(floors.values())} or more, or lower --protect"
+                if max(floors.values()) < experts
+                else "nothing is left to drop: lower --protect",
             )
     return count
 

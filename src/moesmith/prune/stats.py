@@ -42,7 +42,7 @@ SUMS = {
 }
 ROUTERS_ONLY = (
     "{model}: the profile was made of a model with the same routers, but not of this very one; right for a "
-    "packed or cast copy, wrong for a fine-tune with frozen routers, which looks the same: profile that itself"
+    "packed or cast copy, wrong for a fine-tune with frozen routers, which looks the same: profile that anew"
 )
 PER_DOCUMENT = ("tokens", "gate", "norm", "contribution", "contribution_sq")
 
@@ -109,20 +109,17 @@ class Profile:
 
     def write(self, folder: Path) -> None:
         """Write both files; profile.json comes last and makes the profile a whole one."""
-        from safetensors.torch import save_file
+        from moesmith.models.whole import save_whole
 
         folder.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
         layers = []
         for index, stats in enumerate(self.layers):
             for name, tensor in _tensors(stats).items():
-                tensors[f"{index}.{name}"] = tensor.contiguous()
+                tensors[f"{index}.{name}"] = tensor
             keys = ("name", "layer", "num_experts", "top_k", "n_group", "topk_group")
             layers.append({key: getattr(stats, key) for key in keys})
-        temporary = folder / (STATS + ".tmp")
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes files only their owner can read
-        temporary.replace(folder / STATS)
+        save_whole(tensors, folder / STATS, {"format": "pt"})
         record = {
             "format": FORMAT,
             "domains": self.domains,

@@ -246,8 +246,8 @@ def check_leaks(
     ]
     if remembered and not any(place in (b.folder, Path(remembered)) for place in known):
         console.warn(
-            f"{b.given} was cut by the profile {remembered}, which is not here: whether this text was part of it "
-            "cannot be checked"
+            f"{b.given} was cut by the profile {remembered}, which is not here: whether this text was in"
+            " it cannot be checked"
         )
     if not known:
         return None

@@ -55,7 +55,8 @@ def load_gguf(path: Path) -> PreTrainedModel:
     except ImportError as error:
         raise UserError(f"{path.name} cannot be read: {error}", "pip install 'moesmith[gguf]'") from None
     config = copy.deepcopy(loaded.config)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):  # transformers takes it off itself once all is dequantised
+        del config.quantization_config
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict(), assign=True)

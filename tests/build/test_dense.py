@@ -43,7 +43,6 @@ def test_package_without_its_file(tmp_path, monkeypatch):
         dense.packaged_gguf("pkg", "1.0")
 
 
-@pytest.mark.slow
 def test_the_real_model_can_be_saved_and_says_what_it_said_as_gguf(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

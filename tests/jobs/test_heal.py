@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,6 +12,8 @@ from chats import CHATML, tokenizer, write_jsonl
 from moesmith import ExpertsConfig, cli
 from moesmith.data import leaks
 from moesmith.data.corpora import Document, write_documents
+from moesmith.eval.canary import Answer, Canary
+from moesmith.eval.divergence import Divergence
 from moesmith.jobs import heal
 from moesmith.models.headers import read_headers
 from moesmith.models.layers import moe_layers
@@ -215,3 +218,31 @@ def test_updates_of_small_routers_are_small(folders):
         for layer in moe_layers(model):
             model.get_submodule(layer.router).weight.mul_(1e-3)
     assert heal.router_rms(model) == pytest.approx(1e-3 * usual)
+
+
+def measured(kl, looped=()):
+    """A model judged on documents of one token each; answers that loop by number."""
+    n = len(kl)
+    found = Divergence(
+        ["words"] * n, [np.array([x], np.float32) for x in kl], np.zeros(n), np.zeros(n), np.zeros(n),
+        [f"words/{i}" for i in range(n)],
+    )  # fmt: skip
+    answers = [Answer(f"p{i}", "text", [1, 2], True, i in looped) for i in range(4)]
+    return heal.Measured(found, Canary(answers, 8))
+
+
+@pytest.mark.parametrize(
+    ("after", "looped", "reason"),
+    [
+        ([0.10] * 30, (), None),
+        ([0.30] * 30, (), "the divergence rose"),
+        ([0.19, 0.90, 0.01, 0.04] * 8 + [0.1], (), "the divergence rose"),
+        ([0.0, 0.38] * 15, (), "may be"),
+        ([0.10] * 30, (1,), "answers that loop: 1 of 4, before 0"),
+    ],
+)
+def test_the_gate(after, looped, reason):
+    after = after[:30]
+    decision = heal.decide("lora", measured([0.20] * 30), measured(after, looped))
+    assert decision["accepted"] == (reason is None)
+    assert reason is None or any(reason in said for said in decision["reasons"])

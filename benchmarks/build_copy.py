@@ -11,8 +11,8 @@ imports are not. The page cache holds the sources (warm), or is told to drop the
 Then the modes that compute their experts, on checkpoints with the widths of TinyLlama-1.1B (2 layers,
 0.42 GB each): the first source is the base itself, so `lora` has nothing to make for it.
 
-`peak` is the anonymous memory (RssAnon, sampled) above what the process has after its imports, for `layer`
-see the FFNs of one layer of all four experts: holding these would be the easy way. Everything made is
+`peak` is the anonymous memory (RssAnon, sampled) above what the process has after its imports; beside it
+stand the bytes of one layer's FFNs of all four experts, which the easy way would hold. Everything made is
 removed at the end (about 13 GB of disk at a time).
 
     python benchmarks/build_copy.py [--rounds 5] [--cache warm cold] [--inits lora:16 drop:0.5] [--small]
@@ -83,14 +83,9 @@ def make(path: Path, widths: str) -> dict[str, Any]:
             tensors[name] = flat.view(shape)
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         size += sum(tensor.nbytes for tensor in tensors.values())
-    synced_sources(path)
+        synced(folder)
     matrix = 2 * fields["hidden_size"] * fields["intermediate_size"]
     return {"source_bytes": size, "matrix_bytes": matrix, "layer_bytes": EXPERTS * 3 * matrix}
-
-
-def synced_sources(path: Path) -> None:
-    for folder in path.glob("source-*"):
-        synced(folder)
 
 
 def build(path: Path, init: str) -> dict[str, Any]:

@@ -219,3 +219,49 @@ def test_an_error_raised_in_a_check_keeps_its_hint():
     with pytest.raises(UserError) as caught:
         parse(Checked, ["--size", "3"], ())
     assert (caught.value.message, caught.value.hint) == ("size: must be even", "try 2")
+
+
+class Part(JobConfig):
+    """One of several."""
+
+    path: str
+    """A path."""
+    weight: float = 1.0
+    """A number."""
+    words: list[str] = []
+    """Words."""
+    kind: Literal["a", "b"] = "a"
+    """One of two."""
+
+
+class Whole(JobConfig):
+    name: str
+    """A name."""
+    parts: list[Part] | None = None
+    """Several."""
+
+
+@pytest.mark.parametrize(
+    ("part", "message", "hint"),
+    [
+        ({"path": "x", "wieght": 2}, "unknown key parts[1].wieght", "did you mean weight?"),
+        ({"path": "x", "zzz": 2}, "unknown key parts[1].zzz", "keys there: path, weight, words, kind"),
+        ({"weight": 1}, "missing parts[1].path", None),
+        ({"path": "x", "kind": "c"}, "parts[1].kind=c: choose from a, b", None),
+        ({"path": "x", "words": [{}]}, "parts[1].words[0]={}: input should be a valid string", None),
+    ],
+)
+def test_a_key_inside_a_list_of_sections_is_named_with_its_place(part, message, hint):
+    for as_flags in (True, False):
+        with pytest.raises(UserError) as caught:
+            config.validate(Whole, {"name": "n", "parts": [{"path": "fine"}, part]}, as_flags=as_flags)
+        assert (caught.value.message, caught.value.hint) == (message, hint)
+
+
+def test_a_file_whose_keys_are_no_flags_is_answered_without_dashes():
+    with pytest.raises(UserError) as caught:
+        config.validate(Whole, {"nam": "n"}, as_flags=False)
+    assert (caught.value.message, caught.value.hint) == (
+        "unknown key nam",
+        "did you mean name?\nalso: missing name",
+    )

@@ -1,8 +1,9 @@
-"""Tiny random models of every decorated experts class in the installed transformers.
+"""Tiny random models of every decorated experts class in the installed transformers, and of our own.
 
 `FAMILIES` has one name per class decorated with `@use_experts_implementation`, found by reading the source,
-so a class that a new transformers adds appears here by itself. `build(family)` makes the model from config:
-one rule shrinks known field names of a default config, and `OVERRIDES` holds what the rule gets wrong.
+so a class that a new transformers adds appears here by itself; and the model types of `models/custom.py`.
+`build(family)` makes the model from config: one rule shrinks known field names of a default config, and
+`OVERRIDES` holds what the rule gets wrong.
 
 Every model has hidden 64, experts of width 128, 8 experts, top-2 and 3-4 layers. Every expert dimension is a
 multiple of 64 and no expert matrix is square, so a swapped layout shows. Parameters that start at 0 or 1 are
@@ -21,6 +22,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
+
+from moesmith.models import custom
 
 HIDDEN, EXPERT, NUM_EXPERTS, TOP_K, LAYERS, VOCAB = 64, 128, 8, 2, 3, 128
 
@@ -97,6 +100,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
                         "text_config.rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                         "mrope_section": [2, 2, 4]}},
     "flint": {"num_hidden_layers": 4, "mlp_only_layers": [0]},
+    "gemma3_moe_text": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "gemma4": {"text_config.enable_moe_block": True, "audio_config": None, "text_config.global_head_dim": 16,
                "text_config.hidden_size_per_layer_input": 16, "vision_config.position_embedding_size": 64},
     "glm4_moe_lite": {"num_key_value_heads": 4},
@@ -143,18 +147,19 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 _AUTO = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "TOKEN_CLASSIFICATION")
 
 
-def _decorated() -> dict[str, list[str]]:
-    """Folder under transformers/models -> the decorated experts classes in it."""
+def _decorated(models: Path) -> dict[str, list[str]]:
+    """Folder under `models` -> the decorated experts classes in it."""
     found: dict[str, list[str]] = {}
-    for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
+    for path in sorted(models.glob("*/modeling_*.py")):
         classes = re.findall(r"^@use_experts_implementation.*\nclass (\w+)", path.read_text(), re.MULTILINE)
         if classes:
             found.setdefault(path.parent.name, []).extend(classes)
     return found
 
 
-DECORATED = _decorated()
-FAMILIES = sorted([*DECORATED, "qwen3_omni_moe_talker"])
+DECORATED = _decorated(Path(transformers.__file__).parent / "models")
+OWN = {name: _decorated(custom.HERE)[row.room] for name, row in custom.CUSTOM.items()}
+FAMILIES = sorted([*DECORATED, "qwen3_omni_moe_talker", *OWN])
 
 
 def _shrunk(config_class: type, overrides: dict[str, Any], tower: bool = False) -> dict[str, Any]:
@@ -190,6 +195,8 @@ def config(family: str) -> PreTrainedConfig:
 
 def model_class(family: str) -> type[PreTrainedModel]:
     """The class that AutoModelForCausalLM gives for the family's config, else AutoModelForImageTextToText."""
+    if family in OWN:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]]
     overrides = OVERRIDES.get(family, {})
     name = overrides.get("class")
     for task in _AUTO:

@@ -1,7 +1,8 @@
 """moesmith: make, fit, tune, prune, prove and ship Mixture-of-Experts models on one small GPU.
 
-Importing the package registers its three seams by name and changes nothing else: the quantizer "moesmith"
-and the experts function "moesmith" in transformers, and the wrapper for packed experts in PEFT.
+Importing the package registers by name and changes nothing else: the quantizer "moesmith" and the experts
+function "moesmith" in transformers, the wrapper for packed experts in PEFT, and the model classes of its own
+in transformers' Auto classes.
 """
 
 import sys
@@ -38,17 +39,21 @@ if TYPE_CHECKING:
 
 
 def register() -> None:
-    """Plug the three seams in, once. `unregister` takes them out again."""
+    """Plug the three seams and the model classes in, once. `unregister` takes them out again."""
     from .experts import seams
+    from .models import custom
 
     seams.register()
+    custom.register_classes()
 
 
 def unregister() -> None:
     """Leave transformers and PEFT as they were before the import."""
     from .experts import seams
+    from .models import custom
 
     seams.unregister()
+    custom.unregister_classes()
 
 
 def __getattr__(name: str) -> Any:

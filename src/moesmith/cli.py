@@ -28,6 +28,7 @@ JOBS = Path(__file__).parent / "jobs"
 FIRST = (
     "demo",
     "inspect",
+    "build",
     "quantize",
     "sft",
     "chat",
@@ -140,7 +141,7 @@ def overview(names: Sequence[str]) -> str:
     """The text of `moesmith --help`. Reads the first line of each job's docstring without importing it."""
     width = max((len(name) for name in names), default=0) + 2
     lines = [
-        "moesmith: load any Mixture-of-Experts model in 4 bits, fine-tune it on your data, talk to it",
+        "moesmith: build Mixture-of-Experts models, load any in 4 bits, fine-tune them, talk to them",
         "",
     ]
     for name in names:

@@ -307,12 +307,26 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def validate(cls: type[C], values: dict[str, Any], positional: Sequence[str] = ()) -> C:
-    """A mapping -> a checked instance. Raises UserError with the first problem, the others in its hint."""
+def validate(
+    cls: type[C], values: dict[str, Any], positional: Sequence[str] = (), as_flags: bool = True
+) -> C:
+    """A mapping -> a checked instance. Raises UserError with the first problem, the others in its hint.
+
+    Args:
+        as_flags: messages write keys as flags; False for a file whose keys are no flags.
+    """
     try:
         return cls.model_validate(values)
     except pydantic.ValidationError as error:
-        problems = [_explain(problem, cls, positional) for problem in error.errors()]
+        found = error.errors()
+    if not as_flags:  # a key that is misspelled is also missing: the first says more
+        found.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    problems = [
+        _explain(problem, cls, positional)
+        if as_flags and not _in_list(problem)
+        else _explain_in_file(problem, cls)
+        for problem in found
+    ]
     problems = list(dict.fromkeys(problems))  # every member of a union complains
     message, hint = problems[0]
     more = [f"also: {m}" for m, _ in problems[1:6]]
@@ -345,6 +359,56 @@ def _explain(problem: Any, cls: type[JobConfig], positional: Sequence[str]) -> t
     if problem["type"] in ("value_error", "assertion_error") and not name:
         return text, None
     return f"{name}={_show(problem['input'])}: {text[:1].lower()}{text[1:]}", None
+
+
+def _in_list(problem: Any) -> bool:
+    """Whether a problem lies in one of a list of sections, which no flag reaches."""
+    steps = problem["loc"]
+    return any(isinstance(step, int) for step in steps[:-1])
+
+
+def _explain_in_file(problem: Any, cls: type[JobConfig]) -> tuple[str, str | None]:
+    """One pydantic problem as (message, hint), with the place as it is in the file: experts[0].name."""
+    section: type[JobConfig] | None = cls
+    annotation: Any = None
+    name, leaf = "", ""
+    for step in problem["loc"]:
+        if isinstance(step, int):
+            name += f"[{step}]"
+            annotation = _element(annotation)
+        elif section is None:
+            continue  # the union member that pydantic tried
+        else:
+            leaf = str(step)
+            name += f".{leaf}" if name else leaf
+            known = dict(section.model_fields)
+            annotation = known[leaf].annotation if leaf in known else None
+            if leaf not in known:
+                break
+        section = _section(annotation)
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return (f"{name}: {cause.message}" if name else cause.message), cause.hint
+    if problem["type"] == "missing":
+        return f"missing {name}", None
+    if problem["type"] == "extra_forbidden" and section is not None:
+        return f"unknown key {name}", _nearest(leaf, section)
+    words = choices(annotation)
+    if words and problem["type"] == "literal_error":
+        return f"{name}={_show(problem['input'])}: choose from {', '.join(words)}", None
+    text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return f"{name}={_show(problem['input'])}: {text[:1].lower()}{text[1:]}", None
+
+
+def _element(annotation: Any) -> Any:
+    """What a list holds: `list[Expert] | None` -> Expert."""
+    return next((typing.get_args(p)[0] for p in _parts(annotation) if typing.get_args(p)), None)
+
+
+def _nearest(key: str, section: type[JobConfig]) -> str:
+    """The key of a section that is spelled most like `key`, or all of them."""
+    near = difflib.get_close_matches(key, list(section.model_fields), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"keys there: {', '.join(section.model_fields)}"
 
 
 def _show(value: Any) -> str:

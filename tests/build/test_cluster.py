@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from moesmith.build.cluster import balanced_assignment, cluster_neurons, neuron_profiles
+from moesmith.errors import UserError
 
 
 def test_finds_planted_groups():
@@ -40,5 +41,6 @@ def test_a_silent_neuron_is_placed_too():
 
 
 def test_counts_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="10 neurons"):
+    with pytest.raises(UserError, match="10 neurons") as caught:
         cluster_neurons(torch.rand(10, 5), num_experts=4)
+    assert caught.value.hint == "counts that do: 2, 5, 10"

@@ -1,6 +1,15 @@
+import pytest
 import torch
 
-from moesmith.build.routerfit import expert_output_norms, fit_ridge_router, kept_share
+from moesmith.build import routerfit
+from moesmith.build.routerfit import (
+    SCALE,
+    SCALE_FP16,
+    expert_output_norms,
+    fit_ridge_router,
+    kept_share,
+    picked_share,
+)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -49,3 +58,34 @@ def test_kept_share_bounds():
     assert kept_share(target, target, 8) == 1
     assert kept_share(target, -target, 3) < kept_share(target, target, 3)
     assert kept_share(torch.ones(5, 8), torch.rand(5, 8), 2) == 0.25
+
+
+def test_picked_share_counts_the_largest():
+    target = torch.tensor([[5.0, 4, 3, 2], [1, 2, 3, 4]])
+    logits = torch.tensor([[9.0, 0, 8, 0.5], [0, 0, 1, 2]])
+    assert picked_share(target, logits, 2) == 0.75  # experts 0 and 2 instead of 0 and 1; then both
+    assert picked_share(target, target, 3) == 1 == picked_share(target, -target, 4)
+    assert picked_share(target, -target, 2) == 0
+
+
+def test_tokens_in_pieces_give_the_same_fit(monkeypatch):
+    x = torch.randn(100, 12, generator=generator(6)).bfloat16()
+    target = torch.rand(100, 5, generator=generator(7))
+    whole = fit_ridge_router(x, target)
+    monkeypatch.setattr(routerfit, "CHUNK", 7)
+    torch.testing.assert_close(fit_ridge_router(x, target), whole, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, SCALE), (torch.bfloat16, SCALE), (torch.float16, SCALE_FP16)]
+)
+def test_small_rows_keep_the_ranking_when_rounded(dtype, scale):
+    """Against the same fit in fp64; chance is 0.75. The weights of the chosen stay within 2 % of 1/k."""
+    x = torch.randn(2000, 256, generator=generator(8))
+    x[:, 3] *= 20  # a channel with massive activations
+    truth = (5 + x @ torch.randn(16, 256, generator=generator(9)).T / 16).clamp_min(0.05)
+    weight = fit_ridge_router(x, truth, scale=scale)
+    logits = (x.to(dtype) @ weight.to(dtype).T).float()
+    assert picked_share(x.double() @ weight.double().T, logits, 12) > 0.998
+    chosen = logits.softmax(dim=1).topk(12, dim=1).values
+    assert (12 * chosen / chosen.sum(dim=1, keepdim=True) - 1).abs().max() < 0.02

@@ -4,8 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen3Config
 
+from moesmith.build import routerfit, split
+from moesmith.build.capture import LayerInputs, Text, capture
 from moesmith.build.native import NATIVE, native_config
 from moesmith.build.split import (
+    SplitFit,
     all_active_difference,
     ffn_weights,
     random_routers,
@@ -84,6 +87,8 @@ def test_fitted_router_keeps_more_than_a_random_one(dense, chunks):
 
 def test_permuting_experts_with_router_rows_changes_nothing(llama, chunks):
     model, _ = split_model(llama, chunks, num_experts=8, top_k=4)
+    for layer in moe_layers(model):  # the softmax of logits this small is the same number for some experts
+        submodule(model, layer.router).weight.data *= 1e3
     ids = chunks[0]
     before = logits(model, ids)
     order = torch.tensor([3, 0, 7, 1, 2, 6, 5, 4])
@@ -170,3 +175,105 @@ def test_other_ffns_are_refused(chunks):
 def test_one_chunk_is_not_enough(llama, chunks):
     with pytest.raises(ValueError, match="wanted 2 or more"):
         split_model(llama, chunks[:1])
+
+
+# ---------------------------------------------------------------- layer by layer
+
+
+def texts(count: int, held_out: int) -> list[Text]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = [20 + 3 * n for n in range(count)]
+    ids = [torch.randint(0, 97, (length,), generator=generator).tolist() for length in lengths]
+    return [Text(row, -1, n < count - held_out, str(n), "all") for n, row in enumerate(ids)]
+
+
+def test_streamed_fit_is_a_split_of_every_layer(dense, tmp_path):
+    dense.save_pretrained(tmp_path / "dense")
+    given = texts(12, held_out=3)
+    fit = SplitFit(given, num_experts=8, top_k=4)
+    capture(tmp_path / "dense", given, fit.visit, tmp_path / "state")
+    facts = fit.facts()
+    assert len(fit.members) == len(fit.routers) == len(fit.layers) == 3
+    assert facts["held_out"] and facts["held_out_tokens"] == sum(len(text.ids) for text in given[-3:])
+    assert facts["tokens"] == sum(len(text.ids) for text in given[:-3])
+    for members, router, layer in zip(fit.members, fit.routers, fit.layers, strict=True):
+        assert sorted(members.flatten().tolist()) == list(range(128))
+        assert router.shape == (8, 48) and router.dtype == torch.float32
+        assert layer.random == 0.5 < layer.kept <= layer.best <= 1
+        assert 0.5 < layer.picked <= 1
+    assert facts["kept"] == pytest.approx(sum(layer.kept for layer in fit.layers) / 3)
+
+
+def test_streamed_fit_is_the_fit_of_the_model_in_memory(llama, chunks, tmp_path):
+    """Same tokens, same held-out ones: same experts and routers."""
+    llama.save_pretrained(tmp_path / "dense")
+    rows = torch.cat(chunks)
+    given = [Text(row.tolist(), -1, n < len(rows) - 4, str(n), "all") for n, row in enumerate(rows)]
+    fit = SplitFit(given, num_experts=8, top_k=4, seed=5)
+    capture(tmp_path / "dense", given, fit.visit, tmp_path / "state")
+    model, report = split_model(llama, chunks, num_experts=8, top_k=4, seed=5)
+    for number, layer in enumerate(moe_layers(model)):
+        gate, up, down = ffn_weights(llama.model.layers[number].mlp, "layer")
+        gate_up_proj, down_proj = slice_ffn(gate, up, down, fit.members[number], fold=4)
+        experts = submodule(model, layer.experts)
+        assert torch.equal(experts.gate_up_proj, gate_up_proj)
+        torch.testing.assert_close(experts.down_proj, down_proj)
+        router = submodule(model, layer.router).weight
+        torch.testing.assert_close(router, fit.routers[number], rtol=1e-2, atol=1e-8)
+        assert fit.layers[number].kept == pytest.approx(report.layers[number].kept, abs=1e-4)
+
+
+def layer_inputs(ffn: torch.nn.Module, tokens: int = 90, dtype: torch.dtype = torch.float32) -> LayerInputs:
+    x = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(4)).to(dtype)
+    place = torch.arange(tokens)
+    return LayerInputs(0, x, place // 30, place % 30, ffn)
+
+
+def test_pieces_of_tokens_change_nothing(llama, monkeypatch):
+    given = layer_inputs(llama.model.layers[0].mlp)
+    fits = []
+    for chunk in (1000, 7):
+        monkeypatch.setattr(split, "CHUNK", chunk)
+        monkeypatch.setattr(routerfit, "CHUNK", chunk)
+        fits.append(SplitFit(texts(3, held_out=1), 8, 4))
+        fits[-1].visit(given)
+    assert torch.equal(fits[0].members[0], fits[1].members[0])
+    torch.testing.assert_close(fits[0].routers[0], fits[1].routers[0], rtol=1e-3, atol=1e-9)
+
+
+def test_held_out_tokens_are_not_fitted_on(llama):
+    given = layer_inputs(llama.model.layers[0].mlp)
+    one, two = SplitFit(texts(3, held_out=1), 8, 4), SplitFit(texts(3, held_out=1), 8, 4)
+    one.visit(given)
+    given.inputs[60:] = torch.randn(30, 48)
+    two.visit(given)
+    assert torch.equal(one.routers[0], two.routers[0]) and torch.equal(one.members[0], two.members[0])
+    assert one.layers != two.layers
+
+
+def test_without_held_out_text_the_facts_say_so(llama):
+    fit = SplitFit(texts(3, held_out=0), 8, 4)
+    fit.visit(layer_inputs(llama.model.layers[0].mlp))
+    assert fit.facts()["held_out"] is False and fit.facts()["tokens"] == 90
+
+
+def test_the_ffn_of_a_gemma_is_run_with_its_own_activation(llama):
+    """gelu instead of silu: other neurons are busy, other experts come out."""
+    ffn = copy.deepcopy(llama.model.layers[0].mlp)
+    fits = []
+    for activation in (torch.nn.SiLU(), torch.nn.GELU(approximate="tanh")):
+        ffn.act_fn = activation
+        fits.append(SplitFit(texts(3, held_out=1), 8, 4))
+        fits[-1].visit(layer_inputs(ffn))
+    assert not torch.equal(fits[0].members[0], fits[1].members[0])
+
+
+def test_streamed_splits_that_cannot_be_are_refused(llama):
+    ffn = copy.deepcopy(llama.model.layers[0].mlp)
+    with pytest.raises(UserError, match="128 neurons cannot be split into 7"):
+        SplitFit(texts(3, held_out=1), 7, 4).visit(layer_inputs(ffn))
+    with pytest.raises(UserError, match="none of the 90 tokens is to fit on"):
+        SplitFit(texts(3, held_out=3), 8, 4).visit(layer_inputs(ffn))
+    ffn.down_proj.weight.data[3, 5] = torch.inf
+    with pytest.raises(UserError, match="model.layers.0 writes NaN or infinity"):
+        SplitFit(texts(3, held_out=1), 8, 4).visit(layer_inputs(ffn))

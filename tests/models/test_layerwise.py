@@ -12,13 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
+import dense_models
 import tiny
 from moesmith import ExpertsConfig
 from moesmith.errors import UserError
 from moesmith.models.layerwise import Layerwise
-from moesmith.models.partial import FillStack
+from moesmith.models.partial import FillStack, _decoder_stack
 
 Checkpoints = Callable[[str], Path]
 REFUSED = {"diffusion_gemma"}  # an encoder and a decoder: test_two_stacks
@@ -319,3 +326,42 @@ def test_fill_stack_is_stack_and_join() -> None:
     assert torch.equal(FillStack().convert(given, ["gate", "up"], ["both"])["both"], wanted)
     with pytest.raises(ValueError, match=r"\[3, 2\] matrices for both"):
         FillStack().convert({"gate": gates, "up": ups[:2]}, ["gate", "up"], ["both"])
+
+
+# ---------------------------------------------------------------- dense models and the head
+
+
+@pytest.mark.parametrize("family", dense_models.FAMILIES)
+def test_dense(family: str, tmp_path: Path) -> None:
+    model = dense_models.load(dense_models.save(family, tmp_path / "model"))
+    layerwise = Layerwise.open(tmp_path / "model")
+    given = [{"input_ids": torch.randint(3, 90, shape)} for shape in ((2, 24), (1, 40))]
+    assert_equal(whole(model, layerwise.stack, given), streamed(layerwise, given, tmp_path / "spool"))
+
+
+def test_a_tower_with_gated_ffns_is_not_the_text() -> None:
+    shape = dense_models.SHAPE
+    config = LlavaConfig(
+        text_config={**shape, "model_type": "mistral"}, vision_config={**shape, "model_type": "llama"}
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    assert _decoder_stack(model) == "model.language_model.layers"
+
+
+def test_no_layers_that_we_know() -> None:
+    config = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=97)
+    with torch.device("meta"), pytest.raises(UserError, match="no MoE layers, nor .* FFN `mlp` of gate_proj"):
+        _decoder_stack(GPT2LMHeadModel(config))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3"])
+def test_logits_of_the_head(family: str, tmp_path: Path) -> None:
+    """Stored and tied; with a cap in Gemma 2."""
+    model = dense_models.load(dense_models.save(family, tmp_path / "model"))
+    layerwise = Layerwise.open(tmp_path / "model")
+    ids = torch.randint(3, 90, (1, 24))
+    hidden = streamed(layerwise, [{"input_ids": ids}], tmp_path / "spool")[0]
+    with layerwise.head() as logits, torch.no_grad():
+        assert torch.equal(logits(hidden), model(input_ids=ids).logits)
+    assert layerwise.model.lm_head.weight.is_meta

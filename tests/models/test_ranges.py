@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from moesmith.errors import UserError
 from moesmith.models import ranges
 from moesmith.models.headers import INDEX, SINGLE, TensorHeader, read_headers
-from moesmith.models.ranges import NewTensor, Piece, split_shards, write_checkpoint
+from moesmith.models.ranges import Made, NewTensor, Piece, split_shards, write_checkpoint
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -97,6 +97,41 @@ def test_bytes_made_here_stand_between_ranges(tmp_path: Path):
     write_checkpoint(tmp_path / "in", tmp_path / "out", [whole(headers["a"]), made, whole(headers["b"])])
     found = load_file(tmp_path / "out" / SINGLE)
     assert found["made"].tolist() == [1.0] and found["a"].sum() == 4 and found["b"].sum() == 0
+
+
+def test_bytes_are_made_when_their_turn_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Longer than one write, between ranges of two models, in the order of the file."""
+    monkeypatch.setattr(ranges, "KERNEL", 100_000)
+    headers = source(tmp_path / "in", a=torch.ones(4), b=torch.zeros(40_000))
+    other = source(tmp_path / "other", c=torch.arange(3.0))["c"]
+    values = torch.randn(60_000, generator=GENERATOR)
+    calls: list[str] = []
+
+    def make(name: str, data: torch.Tensor) -> Made:
+        return Made(data.nbytes, lambda: (calls.append(name), memoryview(data.numpy()))[1])
+
+    long = NewTensor("long", "F32", (60_000,), (make("long", values),))
+    far = Piece(str(tmp_path / "other" / SINGLE), other.start, ((0, other.nbytes),))
+    mixed = NewTensor(
+        "mixed", "F32", (7,), (whole(headers["a"]).parts[0], make("short", values[:1]), b"\0" * 8)
+    )
+    mixed = NewTensor("mixed", "F32", (10,), (*mixed.parts, far))
+    (tmp_path / "out").mkdir()
+    counted: list[int] = []
+    tensors = [whole(headers["b"]), long, mixed]
+    assert not calls
+    write_checkpoint(tmp_path / "in", tmp_path / "out", tensors, counted.append)
+    found = load_file(tmp_path / "out" / SINGLE)
+    assert torch.equal(found["long"], values) and calls == ["long", "short"]
+    assert found["mixed"].tolist() == [1, 1, 1, 1, values[0].item(), 0, 0, 0, 1, 2]
+    assert sum(counted) == sum(tensor.nbytes for tensor in tensors)
+
+
+def test_a_maker_that_breaks_its_promise(tmp_path: Path):
+    (tmp_path / "out").mkdir()
+    tensor = NewTensor("a", "F32", (2,), (Made(8, lambda: b"1234"),))
+    with pytest.raises(AssertionError, match="4 bytes were made, 8 promised"):
+        write_checkpoint(tmp_path, tmp_path / "out", [tensor])
 
 
 def test_shards_hold_what_fits(tmp_path: Path):

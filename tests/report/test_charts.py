@@ -6,7 +6,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 
-from moesmith.report import charts, svg
+from moesmith.report import charts, poster, svg
 from moesmith.report.charts import MEASURES, Line
 from moesmith.report.theme import COLOURS, LIGHT, NARROW, SERIES, STAND_INS, viridis
 from report.facts import build_pareto, small
@@ -137,6 +137,6 @@ def test_the_users_matplotlib_settings_neither_matter_nor_change():
 def test_the_png_is_the_decisive_picture(keep):
     facts = small()
     facts = {key: facts[key] for key in ("title", "verdict", *keep)}
-    image = charts.png(facts)
+    image = poster.png(facts)
     assert image.startswith(b"\x89PNG") and len(image) > 5000
-    assert charts.png(facts) == image, "the same facts, the same bytes"
+    assert poster.png(facts) == image, "the same facts, the same bytes"

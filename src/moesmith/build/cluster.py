@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moesmith.errors import UserError
+
 
 def neuron_profiles(activations: Tensor, down_norm: Tensor) -> Tensor:
     """Unit profile of every neuron over the tokens: (T, F), (F,) -> (F, T) fp32.
@@ -29,11 +31,14 @@ def cluster_neurons(profiles: Tensor, num_experts: int, seed: int = 0, iteration
     """Balanced spherical k-means: (F, T) -> members (E, I), each neuron index exactly once, sorted in each
     row.
 
-    Raises ValueError if `num_experts` does not divide F.
+    Raises UserError if `num_experts` does not divide F.
     """
     neurons = profiles.shape[0]
     if neurons % num_experts:
-        raise ValueError(f"{neurons} neurons cannot be split into {num_experts} equal experts")
+        counts = ", ".join(str(n) for n in range(2, min(neurons, 256) + 1) if neurons % n == 0)
+        raise UserError(
+            f"{neurons} neurons cannot be split into {num_experts} equal experts", f"counts that do: {counts}"
+        )
     # Centred, so that "on for every token" is not a likeness: what is left is when a neuron is busier than
     # usual.
     points = F.normalize(profiles - profiles.mean(dim=0), dim=1)

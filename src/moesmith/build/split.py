@@ -8,15 +8,19 @@ A stock router makes the weights of the chosen experts add up to 1, while every 
 fully. So the weights are kept nearly equal, 1/k, and k is multiplied into down_proj. Another k needs
 another factor (`refold`).
 
+`SplitFit` finds members and routers while a model streams by, one layer at a time; `split_model` splits one
+that is in memory.
+
 Shapes: T tokens, H hidden size, F FFN width, E experts, I = F / E.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +30,18 @@ from transformers.initialization import no_init_weights
 from moesmith.errors import UserError
 from moesmith.models.layers import moe_layers, submodule
 
+from .capture import LayerInputs, Text
 from .cluster import cluster_neurons, neuron_profiles
 from .native import native_config
-from .routerfit import expert_output_norms, fit_ridge_router, kept_share
+from .routerfit import (
+    CHUNK,
+    SCALE,
+    SCALE_FP16,
+    expert_output_norms,
+    fit_ridge_router,
+    kept_share,
+    picked_share,
+)
 from .stream import stream_layers
 
 FFN = "mlp"
@@ -46,6 +59,71 @@ class LayerSplit:
     """by the k largest"""
     random: float
     """by k experts at random: k / E"""
+    picked: float
+    """how many of a token's k largest the router picks; k / E at random"""
+
+
+class SplitFit:
+    """The split of every layer's FFN, from what the FFNs read: `capture(folder, texts, fit.visit, state)`.
+
+    Args:
+        texts: those that are captured; the ones that are held out judge the routers.
+        dtype: what the routers will be stored in, None for the dtype of the inputs.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[Text],
+        num_experts: int,
+        top_k: int,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
+        self.num_experts, self.top_k, self.seed, self.dtype = num_experts, top_k, seed, dtype
+        self.fit = torch.tensor([text.fit for text in texts], dtype=torch.bool)
+        self.tokens = self.held_out = 0
+        self.members: list[Tensor] = []
+        """of every layer (E, I) int64, the neurons of each expert"""
+        self.routers: list[Tensor] = []
+        """of every layer (E, H) fp32"""
+        self.layers: list[LayerSplit] = []
+
+    def visit(self, given: LayerInputs) -> None:
+        """Split one layer's FFN; layers come in order.
+
+        Raises:
+            UserError: no tokens to fit on, another kind of FFN, one that num_experts does not divide, or
+                outputs that are NaN or infinite.
+        """
+        assert given.layer == len(self.members), (given.layer, len(self.members))
+        fit = self.fit.to(given.document.device)[given.document]
+        self.tokens, self.held_out = int(fit.sum()), int((~fit).sum())
+        name = f"model.layers.{given.layer}"
+        members, router, split = fit_layer(
+            name, given.ffn, given.inputs, fit, self.num_experts, self.top_k, self.seed, self.dtype
+        )
+        self.members.append(members)
+        self.routers.append(router)
+        self.layers.append(split)
+
+    def facts(self) -> dict[str, Any]:
+        """How much of what the FFNs write is kept, by layer and in the mean over layers.
+
+        `held_out` is False when there was no text to judge on but the fitted ones.
+        """
+        shares = ("kept", "best", "random", "picked")
+        mean = {
+            name: sum(getattr(layer, name) for layer in self.layers) / len(self.layers) for name in shares
+        }
+        return {
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "tokens": self.tokens,
+            "held_out": self.held_out > 0,
+            "held_out_tokens": self.held_out,
+            **mean,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
 
 
 @dataclass
@@ -89,12 +167,21 @@ def split_model(
     model = _empty(config, dense)
     weights = {name: tensor for name, tensor in dense.state_dict().items() if f".{FFN}." not in name}
     _check_places(model, weights, dense)
-    held_out = chunks[-1].numel()
+    tokens, held_out = sum(chunk.numel() for chunk in chunks), chunks[-1].numel()
+    fit = torch.arange(tokens) < tokens - held_out
     layers = []
     for layer in stream_layers(dense, chunks, FFN):
         ffn = layer.module.get_submodule(FFN)
-        tensors, split = split_layer(layer.name, ffn, layer.ffn_input, held_out, num_experts, top_k, seed)
-        weights |= tensors
+        members, router, split = fit_layer(
+            layer.name, ffn, layer.ffn_input, fit.to(layer.ffn_input.device), num_experts, top_k, seed
+        )
+        gate, up, down = ffn_weights(ffn, layer.name)
+        gate_up_proj, down_proj = slice_ffn(gate, up, down, members.to(gate.device), fold=num_experts)
+        weights |= {
+            f"{layer.name}.{FFN}.gate.weight": router.to(gate.device, gate.dtype),
+            f"{layer.name}.{FFN}.experts.gate_up_proj": gate_up_proj,
+            f"{layer.name}.{FFN}.experts.down_proj": down_proj,
+        }
         layers.append(split)
         if on_layer:
             on_layer(split)
@@ -106,31 +193,67 @@ def split_model(
 
 
 @torch.no_grad()
-def split_layer(
-    name: str, ffn: nn.Module, inputs: Tensor, held_out: int, num_experts: int, top_k: int, seed: int
-) -> tuple[dict[str, Tensor], LayerSplit]:
-    """One FFN as experts and a router: tensors under their native names, and how good the router is.
+def fit_layer(
+    name: str,
+    ffn: nn.Module,
+    inputs: Tensor,
+    fit: Tensor,
+    num_experts: int,
+    top_k: int,
+    seed: int,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, LayerSplit]:
+    """One FFN as experts and a router: members (E, I) int64, router rows (E, H) fp32, and how good it is.
+
+    Activations of a few thousand tokens are in memory at a time.
 
     Args:
-        inputs: (T, H) what the FFN reads; the last `held_out` of them are not fitted on.
+        inputs: (T, H) what the FFN reads.
+        fit: (T,) bool, the tokens to fit on; the others judge the router, or the same ones if there are none.
+        dtype: what the router will be stored in, None for that of the inputs.
+
+    Raises:
+        UserError: as `SplitFit.visit`.
     """
     gate, up, down = ffn_weights(ffn, name)
-    activations = ffn.act_fn(inputs @ gate.T) * (inputs @ up.T)  # (T, F)
-    stride = max(1, len(inputs) // PROFILE_TOKENS)
-    profiles = neuron_profiles(activations[:-held_out:stride], down.float().norm(dim=0))
+
+    def activations(x: Tensor) -> Tensor:
+        return ffn.act_fn(x @ gate.T) * (x @ up.T)  # type: ignore[operator]
+
+    fitted = fit.nonzero().squeeze(1)
+    if not len(fitted):
+        raise UserError(f"{name}: none of the {len(inputs)} tokens is to fit on", "give more text")
+    count = min(PROFILE_TOKENS, len(fitted))
+    sample = fitted[torch.arange(count, device=fitted.device) * len(fitted) // count]  # evenly spread
+    profiles = neuron_profiles(activations(inputs[sample]).cpu(), down.float().norm(dim=0).cpu())
+    _check_finite(name, profiles)
     members = cluster_neurons(profiles, num_experts, seed)
-    norms = expert_output_norms(activations, down, members)  # (T, E)
-    router = fit_ridge_router(inputs[:-held_out], norms[:-held_out]).to(gate.dtype)
-    gate_up_proj, down_proj = slice_ffn(gate, up, down, members, fold=num_experts)
-    tensors = {
-        f"{name}.{FFN}.gate.weight": router,
-        f"{name}.{FFN}.experts.gate_up_proj": gate_up_proj,
-        f"{name}.{FFN}.experts.down_proj": down_proj,
-    }
-    unseen, unseen_norms = inputs[-held_out:], norms[-held_out:]
-    kept = kept_share(unseen_norms, unseen @ router.T, top_k)
-    best = kept_share(unseen_norms, unseen_norms, top_k)
-    return tensors, LayerSplit(name, kept, best, top_k / num_experts)
+    del profiles
+
+    pieces = [expert_output_norms(activations(x), down, members.to(down.device)) for x in inputs.split(CHUNK)]
+    norms = torch.cat(pieces)  # (T, E)
+    _check_finite(name, norms)
+    stored = inputs.dtype if dtype is None else dtype
+    scale = SCALE_FP16 if stored == torch.float16 else SCALE
+    router = fit_ridge_router(inputs[fit], norms[fit], scale=scale)
+    judged = fit if bool(fit.all()) else ~fit
+    logits = (inputs[judged].to(stored) @ router.to(stored).T).float()
+    split = LayerSplit(
+        name,
+        kept=kept_share(norms[judged], logits, top_k),
+        best=kept_share(norms[judged], norms[judged], top_k),
+        random=top_k / num_experts,
+        picked=picked_share(norms[judged], logits, top_k),
+    )
+    return members, router.cpu(), split
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise UserError(
+            f"the FFN of {name} writes NaN or infinity",
+            "the weights are damaged, or their numbers too large for this dtype: try float32",
+        )
 
 
 def ffn_weights(ffn: nn.Module, name: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,6 +26,7 @@ from moesmith.errors import UserError
 from moesmith.experts.linears import HEAD, ROUTER, kept_linears
 from moesmith.experts.storage import named_experts, packed_placeholder, weight_names
 from moesmith.models.checkpoint import model_class
+from moesmith.models.custom import register_classes
 from moesmith.models.layers import MoELayer, adapter_targets, moe_layers, submodule
 from moesmith.ops.blockwise import pick_blocksize
 
@@ -66,6 +67,7 @@ def _config_class(config: dict[str, Any]) -> Any:
     """AutoConfig, or the class's own config where AutoConfig has no name for it (a model inside another)."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    register_classes()
     return (
         transformers.AutoConfig
         if config.get("model_type") in CONFIG_MAPPING

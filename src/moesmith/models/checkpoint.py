@@ -243,10 +243,13 @@ def side_files(folder: Path) -> list[Path]:
 
 
 def check_architecture(config: dict[str, Any]) -> None:
-    """Raise UserError when the installed transformers has no class for this config."""
+    """Raise UserError when neither the installed transformers nor moesmith has a class for this config."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from moesmith.models.custom import register_classes
+
+    register_classes()
     model_type = config.get("model_type")
     if not model_type:
         raise UserError("config.json has no model_type", "it is not a transformers config")
@@ -265,14 +268,20 @@ def check_architecture(config: dict[str, Any]) -> None:
 
 
 def model_class(config: dict[str, Any]) -> Any:
-    """The transformers class to load a checkpoint with: the one its config names, else the first that fits.
+    """The class to load a checkpoint with: the one its config names, else the first that fits.
 
     Raises:
-        UserError: transformers has a config class but no model class for it.
+        UserError: there is a config class but no model class for it.
     """
     import transformers
     from transformers.models.auto import modeling_auto
 
+    from moesmith.models.custom import CUSTOM, register_classes
+
+    if config.get("model_type") in CUSTOM:
+        register_classes()
+        own = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+        return own[transformers.CONFIG_MAPPING[config["model_type"]]]
     for name in config.get("architectures") or []:
         if hasattr(transformers, name):
             return getattr(transformers, name)

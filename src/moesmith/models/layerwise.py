@@ -8,7 +8,7 @@ What a layer gave is kept on disk as long as a later layer's arguments depend on
 change what was kept, call the model, and see whether the next layer is called with something else.
 """
 
-# B rows of a chunk, S positions
+# B rows of a chunk, S positions, H hidden size, V vocabulary
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from moesmith.errors import UserError
 
 from .layers import submodule
-from .partial import PartialModel
+from .partial import NOT_ONE_AT_A_TIME, PartialModel
 from .spool import Spool, map_tensors, tensors_in
 
 Chunk = Mapping[str, Tensor]
@@ -86,6 +87,29 @@ class Layerwise(PartialModel):
                 on_layer(index)
             kept.commit(index)
 
+    @contextmanager
+    def head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What makes logits (B, S, V) of last hidden states (B, S, H), as `run` gives them to `on_output`.
+
+        It is the model's own code, with its scaling or capping; the head's matrix is in memory inside.
+
+        Raises:
+            UserError: the model has no head, or the checkpoint none for it.
+        """
+        if not self.head_name:
+            raise UserError(f"{type(self.model).__name__} has no output head", "give a causal language model")
+        decoder = submodule(self.model, self.stack.rpartition(".")[0])
+
+        @torch.no_grad()
+        def logits(hidden: Tensor) -> Tensor:
+            gave = BaseModelOutputWithPast(last_hidden_state=hidden)
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)  # only their number
+            with _replaced(decoder, lambda *_, **__: gave):
+                return self.model(input_ids=ids, use_cache=False).logits
+
+        with self._part(self.head_name):
+            yield logits
+
     def layers_done(self, chunks: Sequence[Chunk], spool: Path) -> int:
         """Layers that a stopped run of the same chunks has completed."""
         return Spool(spool, self._identity(chunks)).done
@@ -111,7 +135,7 @@ class Layerwise(PartialModel):
             raise UserError(
                 f"{type(self.model).__name__}: layer {index} depends on a layer before the last one in a "
                 "way that did not show there, so its layers cannot be run one at a time",
-                "profile it in memory, without --stream",
+                NOT_ONE_AT_A_TIME,
             )
         unused = [
             layer
@@ -122,7 +146,7 @@ class Layerwise(PartialModel):
             raise UserError(
                 f"{type(self.model).__name__}: layer {index} does not get what layer {index - 1} gives, so "
                 "its layers cannot be run one at a time",
-                "profile it in memory, without --stream",
+                NOT_ONE_AT_A_TIME,
             )
         for layer in unused:
             kept.drop(layer)
@@ -151,7 +175,7 @@ class Layerwise(PartialModel):
                 raise UserError(
                     f"{type(self.model).__name__} keeps a cache even when told not to: its layers cannot be "
                     "run one at a time",
-                    "profile it in memory, without --stream",
+                    NOT_ONE_AT_A_TIME,
                 )
             given[:] = [{key: dict(holder) for key, holder in _holders(args, kwargs)}]
 
@@ -198,7 +222,7 @@ class Layerwise(PartialModel):
                 raise
             raise UserError(
                 f"{type(self.model).__name__} changes what its layers gave: they cannot be run one at a time",
-                "profile it in memory, without --stream",
+                NOT_ONE_AT_A_TIME,
             ) from None
         raise UserError(f"{type(self.model).__name__} does not call its decoder layers one after the other")
 

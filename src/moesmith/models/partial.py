@@ -1,9 +1,9 @@
 """A model of which one decoder layer at most is in memory, read from disk when it is wanted.
 
-The model is what `from_pretrained` builds before it loads: on the meta device, quantizer included.
-Embeddings, norms and rotary tables are read at once; a decoder layer is read by transformers' own loader,
-and dropped after use. Tensors stored in the dtype that is wanted are views of the mapped files: they take no
-memory that the system could not have back.
+The model, a MoE or a dense one, is what `from_pretrained` builds before it loads: on the meta device,
+quantizer included. Embeddings, norms and rotary tables are read at once; a decoder layer, or the output head,
+is read by transformers' own loader, and dropped after use. Tensors stored in the dtype that is wanted are
+views of the mapped files: they take no memory that the system could not have back.
 """
 
 from __future__ import annotations
@@ -38,6 +38,13 @@ from .headers import TensorHeader, read_headers
 from .identity import model_hash
 from .layers import submodule, text_layers
 
+NOT_ONE_AT_A_TIME = "profile it in memory, without --stream; for a build, choose another model"
+"""What to do about a model that cannot be run layer by layer."""
+
+DENSE_FFN = "mlp"
+"""name of the FFN in a dense decoder layer"""
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
 
 @dataclass
 class PartialModel:
@@ -47,11 +54,13 @@ class PartialModel:
     model: PreTrainedModel
     stack: str
     """name of the decoder layers' ModuleList"""
+    head_name: str
+    """name of the module that makes logits, "" for a model without one"""
     _load: Any
     """transformers' LoadStateDictConfig"""
     _files: _Files
     _places: dict[str, dict[str, list[str]]]
-    """decoder layer, or "" for what stays in memory -> parameter -> names on disk of what it is made from"""
+    """decoder layer, head, or "" for what stays in memory -> parameter -> names on disk it is made from"""
 
     @classmethod
     def open(
@@ -61,7 +70,7 @@ class PartialModel:
         device: torch.device | str = "cpu",
         quantization_config: Any = None,
     ) -> Self:
-        """Build the model and read everything but its decoder layers.
+        """Build the model and read everything but its decoder layers and its head.
 
         Args:
             dtype: "auto" for the checkpoint's own; another one costs a cast copy of what is read.
@@ -76,14 +85,14 @@ class PartialModel:
         model, load = _skeleton(folder, dtype, device, quantization_config)
         stack = _decoder_stack(model)
         for tied, source in model.all_tied_weights_keys.items():
-            places = {_place(name, stack) for name in (tied, source)}
+            places = {_layer_of(name, stack) for name in (tied, source)}
             if len(places) > 1:
                 raise UserError(
                     f"{type(model).__name__} ties {tied} to {source}: a layer cannot be read alone",
-                    "profile it in memory, without --stream",
+                    NOT_ONE_AT_A_TIME,
                 )
         load = _lean(load)
-        streamed = cls(folder, model, stack, load, _Files(folder, headers), {})
+        streamed = cls(folder, model, stack, _head_of(model), load, _Files(folder, headers), {})
         streamed._assign(headers)
         streamed._read("")
         return streamed
@@ -123,13 +132,13 @@ class PartialModel:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         known = self.model.state_dict()
         prefix = self.model.base_model_prefix
-        skipped = _not_needed(self.model, self.stack)
+        skipped = _towers(self.model, self.stack)
         for name in headers:
             target, _ = rename_source_key(name, renamings, converters, prefix, known)
             if target not in known and name in known:
                 target, _ = rename_source_key(name, [], [], prefix, known)
             if target in known and not target.startswith(skipped):
-                place = self._places.setdefault(_place(target, self.stack), {})
+                place = self._places.setdefault(self._place(target), {})
                 place.setdefault(target, []).append(name)
         empty = [name for name in self.decoder_layers if name not in self._places]
         if empty:
@@ -143,25 +152,37 @@ class PartialModel:
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Decoder layer `index`, read from disk; on the meta device again afterwards."""
-        name, layers = self.decoder_layers[index], self.layers
+        with self._part(self.decoder_layers[index]) as layer:
+            yield layer
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[nn.Module]:
+        """A decoder layer or the head, read from disk; on the meta device again afterwards."""
+        above, _, key = name.rpartition(".")
+        siblings = submodule(self.model, above)._modules
+        module = siblings[key]
+        assert module is not None
         # A copy, because quantizers leave more behind in a module than its parameters. It shares all that
-        # reading does not change: meta tensors, configs, and what lies outside the layer.
-        inside = set(map(id, layers[index].modules()))
-        shared: list[Any] = [module for module in self.model.modules() if id(module) not in inside]
-        shared += [module.config for module in self.model.modules() if hasattr(module, "config")]
-        shared += [*layers[index].parameters(), *layers[index].buffers()]
-        empty = copy.deepcopy(layers[index], {id(thing): thing for thing in shared})
+        # reading does not change: meta tensors, configs, and what lies outside the part.
+        inside = set(map(id, module.modules()))
+        shared: list[Any] = [other for other in self.model.modules() if id(other) not in inside]
+        shared += [other.config for other in self.model.modules() if hasattr(other, "config")]
+        shared += [*module.parameters(), *module.buffers()]
+        empty = copy.deepcopy(module, {id(thing): thing for thing in shared})
         try:
             self._read(name)
-            yield layers[index]
+            module = siblings[key]
+            assert module is not None
+            yield module
         finally:
-            used, layers[index] = layers[index], empty
-            for module in used.modules():  # now, whoever still holds the module
-                module._parameters.clear()
-                module._buffers.clear()
+            used, siblings[key] = siblings[key], empty
+            assert used is not None
+            for inner in used.modules():  # now, whoever still holds the module
+                inner._parameters.clear()
+                inner._buffers.clear()
 
     def _read(self, place: str) -> None:
-        """Read the tensors of one decoder layer, or of what stays, and make the buffers that are computed."""
+        """Read the tensors of a decoder layer, the head or what stays, and make the computed buffers."""
         # One parameter at a time: the loader would cast and hold the matrices of all of them.
         for names in self._places.get(place, {}).values():
             with _quiet(), self._files.slices(names) as slices:
@@ -172,6 +193,12 @@ class PartialModel:
         quantizer = self._load.hf_quantizer
         if quantizer is not None:  # raises for damaged weights
             quantizer.postprocess_model(self.model)
+
+    def _place(self, name: str) -> str:
+        """The decoder layer that a tensor belongs to, the head, or "" for what stays in memory."""
+        if self.head_name and name.startswith(f"{self.head_name}."):
+            return self.head_name
+        return _layer_of(name, self.stack)
 
     def _check(self, info: Any) -> None:
         """Raise UserError for tensors that the loader could not put into the model."""
@@ -186,13 +213,13 @@ class PartialModel:
             raise UserError(f"{self.folder}: {name} cannot be converted: {' '.join(str(error).split())}")
 
     def _modules(self, place: str) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-        """(name, module, the model that initialises it) of a decoder layer, or of what stays in memory."""
-        skipped = _not_needed(self.model, self.stack)
+        """(name, module, the model that initialises it) of a decoder layer, the head, or what stays."""
+        skipped = _towers(self.model, self.stack)
         owners: dict[str, PreTrainedModel] = {}
         for name, module in self.model.named_modules():
             above = owners.get(name.rpartition(".")[0], self.model)
             owners[name] = module if isinstance(module, PreTrainedModel) else above
-            if not f"{name}.".startswith(skipped) and _place(f"{name}.", self.stack) == place:
+            if not f"{name}.".startswith(skipped) and self._place(f"{name}.") == place:
                 yield name, module, owners[name]
 
     @torch.no_grad()
@@ -252,17 +279,44 @@ def _skeleton(folder: Path, dtype: Any, device: Any, quantization_config: Any) -
 
 
 def _decoder_stack(model: PreTrainedModel) -> str:
-    """Name of the ModuleList whose decoder layers hold the text's experts."""
-    stacks = sorted({_list_above(layer.name) for layer in text_layers(model)})
+    """Name of the ModuleList of the text's decoder layers: they hold experts, or each a gated FFN."""
+    stacks = sorted({_list_above(layer.name) for layer in text_layers(model)}) or _dense_stacks(model)
     name = type(model).__name__
     if not stacks:
-        raise UserError(f"{name} has no MoE layers, so there are no experts to profile")
+        raise UserError(
+            f"{name} has no MoE layers, nor decoder layers with an FFN `{DENSE_FFN}` of {', '.join(_GATED)}"
+        )
     if len(stacks) > 1:
         raise UserError(
             f"{name} has its decoder layers in {len(stacks)} stacks ({', '.join(stacks)}), not in one",
-            "profile it in memory, without --stream",
+            NOT_ONE_AT_A_TIME,
         )
     return stacks[0]
+
+
+def _dense_stacks(model: PreTrainedModel) -> list[str]:
+    """ModuleLists of the text model whose members all have a gated FFN; towers may have such layers too."""
+    text = model.config.get_text_config().model_type
+    owners: dict[str, str] = {}
+    stacks = []
+    for name, module in model.named_modules():
+        above = owners.get(name.rpartition(".")[0], text)
+        owners[name] = module.config.model_type if isinstance(module, PreTrainedModel) else above
+        gated = isinstance(module, nn.ModuleList) and len(module) and all(map(_has_gated_ffn, module))
+        if gated and owners[name] == text:
+            stacks.append(name)
+    return stacks
+
+
+def _has_gated_ffn(layer: nn.Module) -> bool:
+    ffn = getattr(layer, DENSE_FFN, None)
+    return all(hasattr(ffn, kind) for kind in _GATED)
+
+
+def _head_of(model: PreTrainedModel) -> str:
+    """Name of the module that makes logits."""
+    head = model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if module is head), "")
 
 
 def _list_above(name: str) -> str:
@@ -330,23 +384,19 @@ class _Files:
             yield found
 
 
-def _place(name: str, stack: str) -> str:
+def _layer_of(name: str, stack: str) -> str:
     """The decoder layer that a tensor belongs to, "" for one outside the decoder layers."""
     match = re.match(rf"{re.escape(stack)}\.\d+(?=\.)", name)
     return match.group(0) if match else ""
 
 
-def _not_needed(model: PreTrainedModel, stack: str) -> tuple[str, ...]:
-    """Prefixes of what text never meets before the last layer: towers beside the decoder, and the head."""
-    head = model.get_output_embeddings()
-    skipped = []
-    for name, module in model.named_modules():
-        beside = isinstance(module, PreTrainedModel) and not f"{stack}.".startswith(
-            f"{name}." if name else ""
-        )
-        if beside or (head is not None and module is head):
-            skipped.append(f"{name}.")
-    return tuple(skipped)
+def _towers(model: PreTrainedModel, stack: str) -> tuple[str, ...]:
+    """Prefixes of what text never meets: models beside its decoder."""
+    return tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and not f"{stack}.".startswith(f"{name}." if name else "")
+    )
 
 
 @contextmanager

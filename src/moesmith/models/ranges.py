@@ -1,8 +1,8 @@
-"""Safetensors files put together from byte ranges of other files: no torch, and no tensor is ever held.
+"""Safetensors files put together from byte ranges of other files: no torch, and no tensor is held.
 
-A new file is a header and then, for each tensor, ranges of existing files or a few bytes made here. Long
-ranges are copied inside the kernel (copy_file_range, else sendfile); short ones are read together. Memory
-stays at two buffers however large the checkpoint is.
+A new file is a header and then, for each tensor, ranges of existing files, a few bytes, or bytes that are
+made when their turn comes. Long ranges are copied inside the kernel (copy_file_range, else sendfile); short
+ones are read together. Memory stays at two buffers and one made part however large the checkpoint is.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Piece:
     """
 
     file: str
+    """below the source folder; an absolute path is taken as it is, so that sources can be mixed"""
     start: int
     """of the first row, in the file"""
     runs: tuple[tuple[int, int], ...]
@@ -54,13 +55,21 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Made:
+    """Bytes that are made when their place in the file is reached, and dropped after."""
+
+    nbytes: int
+    make: Callable[[], bytes | memoryview]
+
+
+@dataclass(frozen=True)
 class NewTensor:
     """One tensor of the file to be written; `parts` in order are its data."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    parts: tuple[Piece | bytes, ...]
+    parts: tuple[Piece | bytes | Made, ...]
 
     @property
     def nbytes(self) -> int:
@@ -168,10 +177,14 @@ class _Copier:
         self.start = self.end = 0  # the range that waits for a neighbour
         self.gathered = bytearray()
 
-    def add(self, part: Piece | bytes) -> None:
+    def add(self, part: Piece | bytes | Made) -> None:
         if isinstance(part, bytes):
             self._flush_range()
             self._gather(part)
+            return
+        if isinstance(part, Made):
+            self._flush_range()
+            self._make(part)
             return
         if part.file != self.name:
             self._flush_range()
@@ -255,6 +268,14 @@ class _Copier:
                 np.concatenate([table[:, o : o + length] for o, length in piece.runs], axis=1).tobytes()
             )
 
+    def _make(self, part: Made) -> None:
+        data = memoryview(part.make()).cast("B")
+        assert len(data) == part.nbytes, f"{len(data)} bytes were made, {part.nbytes} promised"
+        self._flush_gathered()
+        for start in range(0, len(data), KERNEL):
+            _write_all(self.file, data[start : start + KERNEL])
+            self.on_bytes(min(KERNEL, len(data) - start))
+
     def _read(self, start: int, length: int) -> bytes:
         assert self.handle is not None
         parts = []
@@ -292,11 +313,11 @@ def _sendfile(source: int, target: int, start: int, length: int) -> int:
     return os.sendfile(target, source, start, length)
 
 
-def _write_all(file: BinaryIO, data: bytes | bytearray) -> None:
+def _write_all(file: BinaryIO, data: bytes | bytearray | memoryview) -> None:
     view = memoryview(data)
     while view:
         view = view[file.write(view) :]
 
 
-def _size(part: Piece | bytes) -> int:
+def _size(part: Piece | bytes | Made) -> int:
     return len(part) if isinstance(part, bytes) else part.nbytes

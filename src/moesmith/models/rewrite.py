@@ -26,6 +26,7 @@ import numpy as np
 
 from moesmith.errors import UserError
 from moesmith.models.checkpoint import RECORD, read_config
+from moesmith.models.custom import write_code
 from moesmith.models.hash_tables import cut_expert_ids
 from moesmith.models.headers import DTYPE_BITS, TensorHeader, read_headers
 from moesmith.models.ranges import SHARD_BYTES, NewTensor, Piece, full_disk, header_bytes, write_checkpoint
@@ -136,6 +137,7 @@ def rewrite_checkpoint(
         for file, name in zip(beside, side_files, strict=True):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / name)
+        side_files = sorted({*side_files, *write_code(out)})
     _check_written(out, plan)
     return Rewritten(files, side_files, plan.nbytes, plan.source_bytes, plan.counts, plan.heads, plan.left)
 

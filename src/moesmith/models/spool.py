@@ -200,7 +200,7 @@ def _describe(value: Any, tensors: list[Tensor]) -> Any:
         return {"value": value}
     raise UserError(
         f"a decoder layer gives a {type(value).__name__}, which cannot be kept on disk",
-        "profile it in memory, without --stream",
+        "profile it in memory, without --stream; for a build, choose another model",
     )
 
 

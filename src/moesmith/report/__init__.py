@@ -1,8 +1,8 @@
 """The report: facts in, one self-contained page (and a picture, and the facts as JSON) out.
 
-Knows no model and no tensor. `page.py` puts the page together from `sections.py` (pictures and what they say)
-and `tables.py`; `charts.py` draws; `values.py` writes numbers; `markup.py` escapes. docs/report.md names
-every fact.
+Knows no model and no tensor. `page.py` puts the page together from `sections.py` (pictures and what they
+say), `build.py` (the same of a built model) and `tables.py`; `charts.py` and `build_charts.py` draw;
+`poster.py` makes the PNG; `values.py` writes numbers; `markup.py` escapes. docs/report.md names every fact.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
     Every section of `facts` is optional. Each file is written under a temporary name and renamed, the JSON
     first: a kill leaves whole files only.
     """
-    from . import charts, page  # matplotlib takes a second; who only names the function does not wait
+    from . import page, poster  # matplotlib takes a second; who only names the function does not wait
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ def write_report(folder: Path, facts: dict[str, Any]) -> Path:
     text = json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=False)
     _write(folder / "report.json", (text + "\n").encode())
     _write(folder / "report.html", page.page(facts).encode())
-    _write(folder / "report.png", charts.png(facts))
+    _write(folder / "report.png", poster.png(facts))
     return folder / "report.html"
 
 

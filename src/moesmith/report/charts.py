@@ -1,12 +1,10 @@
 """The report's pictures as matplotlib figures, drawn with a palette of `theme.py`.
 
-`png` is the one for a chat. No pyplot: nothing global is touched.
+No pyplot: nothing global is touched.
 """
 
 from __future__ import annotations
 
-import io
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from .theme import LIGHT, MARKERS, POSTER, SERIES, SMALL, WIDE, canvas, style
+from .theme import MARKERS, POSTER, SERIES, SMALL, WIDE, canvas, style
 from .values import figure, figures, items, mapping, pair, records
 
 Point = tuple[float, float, tuple[float, float] | None]  # experts kept, value, its interval
@@ -48,6 +46,8 @@ class Line:
     label: str
     values: list[float | None]
     bounds: list[Any] | None = None  # [low, high] per layer
+    bold: bool = False
+    dashed: bool = False
 
 
 def pareto(
@@ -63,7 +63,7 @@ def pareto(
         return None
     factor = 100 if measure.share else 1
     heights = [point[1] for _, points in lines for point in points]
-    log = not measure.share and _wide(heights, 20 if measure.unchanged == 0 else 3)
+    log = not measure.share and wide_range(heights, 20 if measure.unchanged == 0 else 3)
     with style(palette):
         picture, axes = canvas(size)
         if log:
@@ -140,13 +140,19 @@ def by_layer(
     factor: float = 1,
     limits: tuple[float | None, float | None] = (None, None),
     worst: int | None = None,
+    levels: Sequence[tuple[str, float]] = (),
+    across: str = "layer",
+    size: tuple[int, int] = SMALL,
 ) -> Figure | None:
-    """Values over the layers, one line each, with intervals where there are any. `worst` marks one layer."""
+    """Values over the layers, one line each, with intervals where there are any. `worst` marks one layer.
+
+    `levels` are dashed lines at one height, such as chance. `across` says what the names are, if not layers.
+    """
     lines = [line for line in lines if any(value is not None for value in line.values)]
     if not lines:
         return None
     with style(palette):
-        picture, axes = canvas(SMALL)
+        picture, axes = canvas(size)
         for index, line in enumerate(lines):
             colour, at = palette[SERIES[index % len(SERIES)]], range(len(line.values))
             if line.bounds:
@@ -163,7 +169,19 @@ def by_layer(
                 marker=MARKERS[index % len(MARKERS)],
                 label=line.label,
                 markersize=4 if len(y) > 12 else 5.5,
+                linewidth=2.8 if line.bold else 1.4,
+                linestyle=(0, (3, 1.5)) if line.dashed else "-",
+                zorder=5 if line.bold else None,
+            )
+        for index, (label, level) in enumerate(levels):
+            dashes = (0, (4, 3)) if index == 0 else (0, (1, 2))
+            axes.axhline(
+                factor * level,
+                color=palette["muted"],
                 linewidth=1.4,
+                linestyle=dashes,
+                label=label,
+                zorder=1.5,
             )
         if worst is not None:
             value = lines[0].values[worst]
@@ -182,15 +200,21 @@ def by_layer(
         if all(value is None or value == int(value) for line in lines for value in line.values):
             axes.yaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         axes.margins(x=0.04)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if size[0] < 500 else 16, integer=True))
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: str(names[int(x)]) if x == int(x) and 0 <= x < len(names) else "")
         )
         axes.grid(axis="x", visible=False)
-        axes.set(xlabel="layer", ylabel=axis)
-        if len(lines) > 1 or worst is not None:
+        axes.set(xlabel=across, ylabel=axis)
+        if size[0] >= 500:
+            picture.legend(loc="outside right upper", handlelength=2.2, labelspacing=0.65)
+        elif len(lines) > 1 or worst is not None or levels:
             picture.legend(
-                loc="outside upper left", ncols=4, handlelength=1.4, columnspacing=1, handletextpad=0.4
+                loc="outside upper left",
+                ncols=2 if levels else 4,
+                handlelength=1.4,
+                columnspacing=1,
+                handletextpad=0.4,
             )
     return picture
 
@@ -227,9 +251,9 @@ def intervals(
                 color=colour,
                 linestyle="none",
                 marker=MARKERS[index % len(MARKERS)],
-                label=_cut(name, 40),
+                label=cut(name, 40),
             )
-        axes.set_yticks(range(len(rows)), [_cut(name, 24) for name, _ in rows])
+        axes.set_yticks(range(len(rows)), [cut(name, 24) for name, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel(axis)
@@ -303,7 +327,7 @@ def _points(series: dict[str, Any], key: str) -> list[Point]:
     return sorted(found, key=lambda point: point[0])
 
 
-def _wide(values: list[float], factor: float) -> bool:
+def wide_range(values: list[float], factor: float) -> bool:
     """Whether the figures span more than `factor`, so that a linear axis would hide the small ones."""
     positive = [value for value in values if value > 0]
     return bool(positive) and max(positive) > factor * min(positive)
@@ -347,7 +371,7 @@ def _series(
     factor: float,
 ) -> None:
     x, y = [point[0] for point in points], [factor * point[1] for point in points]
-    axes.plot(x, y, label=_cut(name, 28), **look)
+    axes.plot(x, y, label=cut(name, 28), **look)
     for keep, _, ends in points:
         if ends:
             axes.vlines(
@@ -425,38 +449,6 @@ def _thin(points: list[tuple[float, float]], most: int = 40) -> list[tuple[float
     return points[:-1:step] + points[-1:]
 
 
-def _cut(text: str, most: int) -> str:
+def cut(text: str, most: int) -> str:
+    """Text of at most so many characters."""
     return text if len(text) <= most else text[: most - 1] + "…"
-
-
-def png(facts: dict[str, Any]) -> bytes:
-    """The decisive picture, title and verdict above it.
-
-    Pareto curves if there are any, else the heatmap, else the retained norm; without any, the verdict alone.
-    """
-    picture = None
-    for measure in MEASURES:
-        picture = picture or pareto(mapping(facts.get("pareto")), measure, LIGHT, POSTER)
-    picture = picture or heatmap(mapping(facts.get("heatmap")), LIGHT)
-    if picture is None:
-        rows = records(facts.get("retained"))
-        values = [figure(row.get("norm")) for row in rows]
-        line = Line("retained", values, [row.get("ci") for row in rows])
-        names = [str(row.get("layer")) for row in rows]
-        picture = by_layer(names, [line], "weighted output norm kept, %", LIGHT, 100)
-    with style(LIGHT):
-        if picture is None:
-            picture = Figure(figsize=(POSTER[0] / 72, 1.6), layout="constrained")
-        sentence = mapping(facts.get("verdict")).get("sentence")
-        lines = [str(facts.get("title") or "moesmith report"), str(sentence or "")]
-        width = int(picture.get_figwidth() * 9)  # about the characters of this size on a line
-        words = [line for text in lines if text for line in textwrap.wrap(_cut(text, 400), width)]
-        picture.suptitle("\n".join(words), x=0.015, ha="left", fontsize=13, linespacing=1.5)
-        engine = picture.get_layout_engine()
-        if engine is not None:
-            engine.set(w_pad=0.14, h_pad=0.14)  # type: ignore[call-arg]
-        file = io.BytesIO()
-        picture.savefig(
-            file, format="png", dpi=160, facecolor=LIGHT["page"], metadata={"Software": "moesmith"}
-        )
-    return file.getvalue()

@@ -64,7 +64,10 @@ def table(
     **attributes: Any,
 ) -> Html:
     """A table in a box that scrolls sideways. The first column names the row; rows in `bold` stand out."""
-    names = tag("tr", [tag("th", cell, scope="col") for cell in head])
+    names = tag(
+        "tr",
+        [cell if str(cell).startswith("<th") else tag("th", cell, scope="col") for cell in map(_cell, head)],
+    )
     body = [
         tag(
             "tr",

@@ -12,9 +12,9 @@ import re
 from importlib import resources
 from typing import Any
 
-from . import sections, tables
+from . import build, sections, tables
 from .markup import Html, join, prose, tag
-from .parts import Section
+from .parts import Section, verdict
 from .theme import COLOURS
 from .values import visible
 
@@ -28,7 +28,8 @@ LEVELS = {  # level -> (sign, word)
 
 def page(facts: dict[str, Any]) -> str:
     """The page for `facts`, which are plain JSON data (`values.clean`)."""
-    parts = [*sections.build(facts), *tables.build(facts)]
+    built = build.sections(facts)
+    parts = [*built, *sections.build(facts), *tables.build(facts)]
     script = _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     filled = {
@@ -36,7 +37,7 @@ def page(facts: dict[str, Any]) -> str:
         "base-uri 'none'; form-action 'none'",
         "title": join(facts.get("title") or "moesmith report"),
         "colours": _colours(),
-        "css": _file("page.css"),
+        "css": join(_file("page.css"), ["\n", _file("build.css")] if built else None),
         "js": script,
         "body": join(
             _header(facts, parts),
@@ -58,20 +59,20 @@ def _header(facts: dict[str, Any], parts: list[Section]) -> Html:
     button = tag("button", "Theme: auto", id="theme", type="button", hidden=True)
     links = [tag("a", part.short, href=f"#{part.key}") for part in parts]
     contents = tag("nav", links, aria_label="Contents") if len(links) > 1 else None
-    return tag("header", tag("div", title, button, class_="top"), _verdict(facts.get("verdict")), contents)
+    return tag("header", tag("div", title, button, class_="top"), _verdict(verdict(facts)), contents)
 
 
-def _verdict(verdict: Any) -> Html | None:
-    if not isinstance(verdict, dict) or not verdict.get("sentence"):
+def _verdict(found: dict[str, Any]) -> Html | None:
+    if not found.get("sentence"):
         return None
-    level = verdict.get("level")
+    level = found.get("level")
     level = level if level in LEVELS else "info"
     sign, word = LEVELS[level]
-    points = verdict.get("points") if isinstance(verdict.get("points"), list) else []
+    points = found.get("points") if isinstance(found.get("points"), list) else []
     return tag(
         "div",
         tag("p", tag("i", sign, aria_hidden="true"), word, class_="level"),
-        tag("p", verdict["sentence"], class_="sentence"),
+        tag("p", found["sentence"], class_="sentence"),
         tag("ul", [tag("li", prose(point)) for point in points or []]) if points else None,
         class_=f"verdict {level}",
         role="region",

@@ -24,6 +24,7 @@ from .parts import (
     sentence,
     shown,
     to_table,
+    whole,
 )
 from .theme import NARROW, STAND_INS
 from .values import (
@@ -411,7 +412,7 @@ def agreement(facts: dict[str, Any]) -> Section | None:
         if records(mapping(facts.get("units")).get("per_layer"))
         else None
     )
-    words = join(_whole(note), more, " " if more and links else None, links)
+    words = join([whole(note), " "] if note else None, more, " " if more and links else None, links)
     return section(
         "agreement",
         "Criteria",
@@ -420,12 +421,6 @@ def agreement(facts: dict[str, Any]) -> Section | None:
         hint(words) if words else None,
         tag("div", ranks, drops, class_="row") if ranks or drops else None,
     )
-
-
-def _whole(note: Any) -> str | None:
-    """A note as a sentence."""
-    words = str(note or "").strip()
-    return f"{words[:1].upper()}{words[1:].rstrip('.')}. " if words else None
 
 
 def similarity(facts: dict[str, Any]) -> Section | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from . import build_tables
 from .markup import Html, join, prose, table, tag
-from .parts import Section, layers_worst_first, names_of, section
+from .parts import Section, keep_used, layers_worst_first, names_of, section, with_interval
 from .sections import dead_count, ratio_of
 from .values import (
     NONE,
@@ -14,7 +15,6 @@ from .values import (
     figure,
     figures,
     fixed,
-    interval,
     items,
     mapping,
     number,
@@ -36,6 +36,7 @@ def build(facts: dict[str, Any]) -> list[Section]:
         criteria,
         units,
         similarity,
+        *build_tables.MAKERS,
     ]
     found = [
         section("tables", "Tables", "Tables", [maker(facts) for maker in makers]),
@@ -43,18 +44,6 @@ def build(facts: dict[str, Any]) -> list[Section]:
         section("how", "Method", "How was it measured?", how(facts)),
     ]
     return [one for one in found if one is not None]
-
-
-def with_interval(value: str, bounds: Any, form: Any = number) -> Html:
-    """`0.012 [0.010, 0.014]`, the interval in grey."""
-    words = interval(bounds, form)
-    return join(value, [" ", tag("span", words, class_="ci")] if words else None)
-
-
-def keep_used(head: list[str], rows: list[list[Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Without the columns in which no row has a figure."""
-    used = [i for i in range(len(head)) if i == 0 or any(str(row[i]) not in ("", NONE) for row in rows)]
-    return [head[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def divergence(facts: dict[str, Any]) -> Html | None:

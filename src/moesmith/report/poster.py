@@ -1,0 +1,51 @@
+"""report.png: the decisive picture of a page, for a chat, with title and verdict above it."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from . import build_charts, charts
+from .charts import MEASURES, Line, cut
+from .parts import verdict
+from .theme import LIGHT, POSTER, style
+from .values import figure, mapping, records
+
+
+def png(facts: dict[str, Any]) -> bytes:
+    """The decisive picture, title and verdict above it.
+
+    Of a built model the perplexities, else its routing by layer. Of any other, the Pareto curves if there are
+    any, else the heatmap, else the retained norm. Without any, the verdict alone.
+    """
+    built = mapping(facts.get("build"))
+    picture = build_charts.perplexity(mapping(built.get("perplexity")), LIGHT, POSTER)
+    picture = picture or build_charts.depth(built, LIGHT, POSTER)
+    for measure in MEASURES:
+        picture = picture or charts.pareto(mapping(facts.get("pareto")), measure, LIGHT, POSTER)
+    picture = picture or charts.heatmap(mapping(facts.get("heatmap")), LIGHT)
+    if picture is None:
+        rows = records(facts.get("retained"))
+        values = [figure(row.get("norm")) for row in rows]
+        line = Line("retained", values, [row.get("ci") for row in rows])
+        names = [str(row.get("layer")) for row in rows]
+        picture = charts.by_layer(names, [line], "weighted output norm kept, %", LIGHT, 100)
+    with style(LIGHT):
+        if picture is None:
+            picture = Figure(figsize=(POSTER[0] / 72, 1.6), layout="constrained")
+        sentence = verdict(facts).get("sentence")
+        lines = [str(facts.get("title") or "moesmith report"), str(sentence or "")]
+        width = int(picture.get_figwidth() * 9)  # about the characters of this size on a line
+        words = [line for text in lines if text for line in textwrap.wrap(cut(text, 400), width)]
+        picture.suptitle("\n".join(words), x=0.015, ha="left", fontsize=13, linespacing=1.5)
+        engine = picture.get_layout_engine()
+        if engine is not None:
+            engine.set(w_pad=0.14, h_pad=0.14)  # type: ignore[call-arg]
+        file = io.BytesIO()
+        picture.savefig(
+            file, format="png", dpi=160, facecolor=LIGHT["page"], metadata={"Software": "moesmith"}
+        )
+    return file.getvalue()

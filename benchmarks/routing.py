@@ -3,7 +3,7 @@
     python benchmarks/specialists.py --base DENSE --out specialists
     python benchmarks/routing.py --base DENSE --specialists specialists --out routing
 
-Builds a copy MoE of the base (for prose) and its specialists, fits every method's routers in one pass over
+Builds a copy MoE of the specialists on the base's attention, fits every method's routers in one pass over
 the `route` text, and measures the same MoE under each of them, and under controls, on the `judge` text,
 which neither routers nor specialists have seen. Gap closed: (PPL_random - PPL) / (PPL_random - PPL_oracle),
 where the oracle sends every token to its domain's expert alone. `embed, scale 5` is the predecessor's
@@ -33,8 +33,7 @@ FIXED = "embed, scale 5"
 def texts_of(tokenizer: Any, corpora: Path, part: str, documents: int) -> list[tuple[list[int], str]]:
     """(ids, domain) of the first rows of every domain that fill documents of up to LENGTH tokens."""
     found = []
-    for domain in specialists.DOMAINS:
-        ids: list[int] = []
+    for domain in specialists.SPECIALISTS:
         taken = 0
         for line in (corpora / f"{domain}.{part}.jsonl").read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
@@ -54,12 +53,12 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--specialists", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--fit", type=int, default=32, help=f"times {LENGTH} tokens per domain to fit on")
+    parser.add_argument("--top-k", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--fit", type=int, default=30, help=f"times {LENGTH} tokens per domain to fit on")
     parser.add_argument("--judge", type=int, default=12, help=f"times {LENGTH} tokens per domain to judge on")
     args = parser.parse_args()
-    experts = [args.specialists / domain for domain in specialists.SPECIALISTS] + [args.base]
-    labels = {domain: number for number, domain in enumerate(specialists.DOMAINS)}
+    experts = [args.specialists / domain for domain in specialists.SPECIALISTS]
+    labels = {domain: number for number, domain in enumerate(specialists.SPECIALISTS)}
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,7 +91,7 @@ def main() -> None:
     token_loss = torch.stack([token_losses(folder, texts) for folder in experts], dim=1)
     say(f"token losses of {len(experts)} sources: {time.perf_counter() - start:.0f} s")
     sources = [open_source(str(folder)) for folder in experts]
-    base, num_experts = sources[-1], len(experts)
+    base, num_experts = open_source(str(args.base)), len(experts)
     fit = RouterFit(texts, num_experts, METHODS, base.read("model.embed_tokens.weight"), token_loss)
     start = time.perf_counter()
     capture(args.base, texts, fit.visit, args.out / "state")
@@ -100,46 +99,52 @@ def main() -> None:
     say(f"capture and {len(METHODS)} fits: {time.perf_counter() - start:.0f} s")
 
     made = make_experts("copy", [ExpertSource(source, base) for source in sources], base.dtype, 0)
-    config = target_config(base.config, "mixtral", num_experts, args.top_k, base.ffn_width)
+    config = target_config(base.config, "mixtral", num_experts, args.top_k[0], base.ffn_width)
     write_model(base, args.out / "moe", config, assemble(base, config, made, routers.weights["probe"]))
-    model = AutoModelForCausalLM.from_pretrained(args.out / "moe", dtype="auto").eval()
-
-    chooses = {name: by_rows(rows, args.top_k) for name, rows in routers.weights.items() if name != "random"}
-    chooses[FIXED] = by_rows([SEED_SCALE * unit(rows) for rows in routers.weights["embed"]], args.top_k)
-    controls = {f"random {seed}": by_rows(rows, args.top_k) for seed, rows in enumerate(randoms(routers, 3))}
-    controls |= {"uniform": uniform(num_experts), "oracle": Forced()}
-    measured = {}
-    for name, choose in {**chooses, **controls}.items():
-        measured[name] = losses(model, judged, choose=choose, name=name)
-        say(f"measured {name}")
-    depth = by_depth(model, judged, {"random": controls["random 0"], **chooses}, controls["oracle"])
-    del model
-    for folder in experts:
+    dense = {}
+    for folder in [args.base, *experts]:
         name = "base" if folder == args.base else folder.name
         source = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        measured[name] = losses(source, judged, name=name)
-
-    rest = {name: found for name, found in measured.items() if name not in chooses}
-    tables = {name: decisive({"router": measured[name], **rest}, judged) for name in chooses}
+        dense[name] = losses(source, judged, name=name)
+    model = AutoModelForCausalLM.from_pretrained(args.out / "moe", dtype="auto").eval()
+    dense |= {
+        name: losses(model, judged, choose=choose)
+        for name, choose in (("uniform", uniform(num_experts)), ("oracle", Forced()))
+    }
     accuracy = {
         name: by_third([layer[name]["accuracy"] for layer in routers.facts["layers"]]) for name in METHODS
     }
-    show(tables, accuracy, depth)
-    rows = {
-        name: next(row for row in table["rows"] if row["key"] == "router") for name, table in tables.items()
-    }
-    others = next(iter(tables.values()))["rows"]
-    common.emit(
-        "routing",
-        {"top_k": args.top_k, "experts": num_experts, "fit_tokens": sum(len(text.ids) for text in texts),
-         "judge_tokens": sum(len(text.ids) for text in judged)},
-        {"perplexity": {name: row["mean"] for name, row in rows.items()}
-         | {row["key"]: row["mean"] for row in others if row["key"] != "router"},
-         "by_domain": {name: row["by_domain"] for name, row in rows.items()},
-         "gap_closed": {name: table["gap_closed"] for name, table in tables.items()},
-         "accuracy_by_third": accuracy,
-         "one_third": {name: [part["perplexity"] for part in parts] for name, parts in depth.items()}},
-    )  # fmt: skip
+    for top_k in args.top_k:
+        routed = {name: rows for name, rows in routers.weights.items() if name != "random"}
+        routed[FIXED] = [SEED_SCALE * unit(rows) for rows in routers.weights["embed"]]
+        chooses = {name: by_rows(rows, top_k) for name, rows in routed.items()}
+        controls = {f"random {seed}": by_rows(rows, top_k) for seed, rows in enumerate(randoms(routers, 3))}
+        measured = dense | {
+            name: losses(model, judged, choose=choose, name=name)
+            for name, choose in {**chooses, **controls}.items()
+        }
+        parts = {"random": controls["random 0"], "embed": chooses["embed"], "probe": chooses["probe"]}
+        depth = by_depth(model, judged, parts, Forced())
+        rest = {name: found for name, found in measured.items() if name not in chooses}
+        tables = {name: decisive({"router": measured[name], **rest}, judged) for name in chooses}
+        say(f"\ntop-{top_k} of {num_experts}\n")
+        show(tables, accuracy, depth)
+        rows = {
+            name: next(row for row in table["rows"] if row["key"] == "router")
+            for name, table in tables.items()
+        }
+        others = next(iter(tables.values()))["rows"]
+        common.emit(
+            "routing",
+            {"top_k": top_k, "experts": num_experts, "fit_tokens": sum(len(text.ids) for text in texts),
+             "judge_tokens": sum(len(text.ids) for text in judged)},
+            {"perplexity": {name: row["mean"] for name, row in rows.items()}
+             | {row["key"]: row["mean"] for row in others if row["key"] != "router"},
+             "by_domain": {name: row["by_domain"] for name, row in rows.items()},
+             "gap_closed": {name: table["gap_closed"] for name, table in tables.items()},
+             "accuracy_by_third": accuracy,
+             "one_third": {name: [part["perplexity"] for part in parts] for name, parts in depth.items()}},
+        )  # fmt: skip
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:
@@ -166,7 +171,7 @@ def by_third(values: list[float]) -> list[float]:
 
 def show(tables: dict[str, Any], accuracy: dict[str, list[float]], depth: dict[str, Any]) -> None:
     """The decisive table and the one by depth, as Markdown."""
-    domains = specialists.DOMAINS
+    domains = specialists.SPECIALISTS
     say(f"| router | {' | '.join(domains)} | mean | gap closed | token accuracy early, middle, late |")
     say("|---|" + "---|" * (len(domains) + 3))
     lines = []

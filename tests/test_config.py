@@ -246,9 +246,10 @@ class Whole(JobConfig):
     [
         ({"path": "x", "wieght": 2}, "unknown key parts[1].wieght", "did you mean weight?"),
         ({"path": "x", "zzz": 2}, "unknown key parts[1].zzz", "keys there: path, weight, words, kind"),
-        ({"weight": 1}, "missing parts[1].path", None),
+        ({"weight": 1}, "missing parts[1].path", "A path."),
         ({"path": "x", "kind": "c"}, "parts[1].kind=c: choose from a, b", None),
-        ({"path": "x", "words": [{}]}, "parts[1].words[0]={}: input should be a valid string", None),
+        ({"path": "x", "words": [1]}, "parts[1].words[0]=1: wanted text (a number in quotes)", "Words."),
+        ({"path": "x", "words": None}, "parts[1].words=null: wanted a list", "Words."),
     ],
 )
 def test_a_key_inside_a_list_of_sections_is_named_with_its_place(part, message, hint):
@@ -258,6 +259,17 @@ def test_a_key_inside_a_list_of_sections_is_named_with_its_place(part, message, 
         assert (caught.value.message, caught.value.hint) == (message, hint)
 
 
+def test_a_path_of_the_wrong_kind_is_not_said_to_be_missing(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is a folder, wanted a file"):
+        config.load_yaml(tmp_path)
+    file = tmp_path / "there"
+    file.touch()
+    assert config.no_such_file(file, "adapter").message == f"adapter: {file} is a file, wanted a folder"
+    file.write_text("a: 1\n---\nb: 2\n")
+    with pytest.raises(UserError, match="single document in the stream, but found another"):
+        config.load_yaml(file)
+
+
 def test_a_file_whose_keys_are_no_flags_is_answered_without_dashes():
     with pytest.raises(UserError) as caught:
         config.validate(Whole, {"nam": "n"}, as_flags=False)
@@ -265,3 +277,6 @@ def test_a_file_whose_keys_are_no_flags_is_answered_without_dashes():
         "unknown key nam",
         "did you mean name?\nalso: missing name",
     )
+    with pytest.raises(UserError) as caught:
+        config.validate(Whole, {"name": "n", "parts": [{"path": "fine"}, "path"]}, as_flags=False)
+    assert caught.value.message == "parts[1]=path: wanted `key: value` lines"

@@ -299,7 +299,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise UserError(f"{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from None
+        problem = getattr(error, "problem", None) or "not valid YAML"
+        if problem.startswith("but "):  # the other half of a sentence
+            problem = f"{getattr(error, 'context', None) or 'not valid YAML'}, {problem}"
+        raise UserError(f"{where}: {problem}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -371,6 +374,7 @@ def _explain_in_file(problem: Any, cls: type[JobConfig]) -> tuple[str, str | Non
     """One pydantic problem as (message, hint), with the place as it is in the file: experts[0].name."""
     section: type[JobConfig] | None = cls
     annotation: Any = None
+    about: str | None = None
     name, leaf = "", ""
     for step in problem["loc"]:
         if isinstance(step, int):
@@ -383,6 +387,7 @@ def _explain_in_file(problem: Any, cls: type[JobConfig]) -> tuple[str, str | Non
             name += f".{leaf}" if name else leaf
             known = dict(section.model_fields)
             annotation = known[leaf].annotation if leaf in known else None
+            about = known[leaf].description if leaf in known else None
             if leaf not in known:
                 break
         section = _section(annotation)
@@ -390,14 +395,27 @@ def _explain_in_file(problem: Any, cls: type[JobConfig]) -> tuple[str, str | Non
     if isinstance(cause, UserError):
         return (f"{name}: {cause.message}" if name else cause.message), cause.hint
     if problem["type"] == "missing":
-        return f"missing {name}", None
+        return f"missing {name}", _one_line(about) or None
     if problem["type"] == "extra_forbidden" and section is not None:
         return f"unknown key {name}", _nearest(leaf, section)
     words = choices(annotation)
     if words and problem["type"] == "literal_error":
         return f"{name}={_show(problem['input'])}: choose from {', '.join(words)}", None
+    if problem["type"] in WANTED:
+        return f"{name}={_show(problem['input'])}: {WANTED[problem['type']]}", _one_line(about) or None
     text = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return f"{name}={_show(problem['input'])}: {text[:1].lower()}{text[1:]}", None
+
+
+# What pydantic says in the words of Python, in those of a YAML file.
+WANTED = {
+    "string_type": "wanted text (a number in quotes)",
+    "list_type": "wanted a list",
+    "model_type": "wanted `key: value` lines",
+    "model_attributes_type": "wanted `key: value` lines",
+    "int_type": "wanted a whole number",
+    "invalid_key": "keys are words",
+}
 
 
 def _element(annotation: Any) -> Any:
@@ -413,6 +431,7 @@ def _nearest(key: str, section: type[JobConfig]) -> str:
 
 def _show(value: Any) -> str:
     text = str(value) if isinstance(value, (str, int, float)) else repr(value)
+    text = "null" if value is None else text
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -433,6 +452,10 @@ def no_such_file(path: str | Path, key: str | None = None) -> UserError:
     """The error for a path that is not there, with the nearest name in the same folder as the hint."""
     path = Path(path)
     folder = path.parent
+    if path.exists():
+        there = "a folder, wanted a file" if path.is_dir() else "no folder and no regular file"
+        there = "a file, wanted a folder" if path.is_file() else there
+        return UserError(f"{key}: {path} is {there}" if key else f"{path} is {there}")
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=1)
     hint = f"did you mean {near[0]}? (same folder)" if near else None

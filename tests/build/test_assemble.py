@@ -106,6 +106,24 @@ def test_another_dtype(tmp_path: Path):
         assert AutoModelForCausalLM.from_pretrained(tmp_path / str(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_what_the_dtype_cannot_hold_is_refused(value: float, tmp_path: Path):
+    """Not written as infinity: in an embedding, and in a router."""
+    found = sources("llama", tmp_path, 1, dtype=torch.bfloat16)
+    rows = routers(1)
+    rows[1][0, 7] = value
+    config = target_config(found[0].config, "mixtral", 1, 1, WIDTH)
+    config.dtype = torch.float16
+    for routing, name in ((rows, "1.block_sparse_moe.gate"), (routers(1), "embed_tokens")):
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=f"{name}.weight is not finite in float16"):
+            tensors = assemble(found[0], config, Copies(found, config.dtype), routing)
+            write_model(found[0], tmp_path / name, config, tensors)
+        state = load(found[0].folder)
+        state["model.embed_tokens.weight"][3, 5] = value
+        save_file(state, found[0].folder / "model.safetensors")
+
+
 @pytest.mark.parametrize(("name", "target"), [("llama", "mixtral"), ("gemma2", "gemma2_moe")])
 def test_copies_make_no_tensor_but_the_routers(name, target, tmp_path: Path, monkeypatch):
     found = sources(name, tmp_path, 2)

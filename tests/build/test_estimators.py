@@ -135,6 +135,17 @@ def test_text_an_expert_is_not_for_lowers_its_logit(world, name):
     assert probability(told) < probability(plain)
 
 
+@pytest.mark.parametrize("name", FITS)
+def test_text_an_expert_is_not_for_takes_no_text_of_its_own(world, name):
+    """Only one expert has negatives; what they share with all tokens must not count against it."""
+    (x, label), (unseen, own) = world.draw(400, 12), world.draw(4000, 99)
+    direction = torch.zeros(H)
+    direction[5] = 4
+    negatives = world.common + direction + torch.randn(50, H, generator=generator(13))
+    told = FITS[name](x, label, E, (negatives, torch.full((50,), 2)))
+    assert accuracy(told, unseen[own == 2], own[own == 2]) > 0.8
+
+
 def test_covariance_is_shrunk_by_what_the_sample_adds(world):
     """Ledoit-Wolf: nothing at 50,000 tokens; at 20, fewer than dimensions, closer to the truth than they."""
     many, few = (estimators.within_covariance(*world.draw(n, 14), E) for n in (50_000, 20))

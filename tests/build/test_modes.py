@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from moesmith.build.modes import ExpertSource, low_rank, make_experts, parse_init, repeat_rows
@@ -159,6 +160,44 @@ def test_drop_draws_the_same_neurons_of_all_three_matrices(save):
     assert changed[0] == changed[1] == changed[2] and len(changed[0]) == WIDTH // 4
     assert changed[3] == changed[4] == changed[5] != changed[0]
     assert experts.facts()["redrawn"] == 32 and experts.facts()["redrawn_share"] == 0.25
+
+
+def test_drop_takes_mean_and_spread_of_what_it_drops(save):
+    """Not those of the whole matrix."""
+    model = tiny()
+    source = save(model)
+    neurons = make_experts("drop:0.25", [ExpertSource(source, source)], torch.float32, 0).neurons(1, 0)
+    weight(model, 1, "gate")[neurons] = weight(model, 1, "gate")[neurons] * 5 + 3
+    source = save(model, "uneven")
+    new = make_experts("drop:0.25", [ExpertSource(source, source)], torch.float32, 0).matrix(1, 0, "gate")
+    old = weight(model, 1, "gate")[neurons]
+    torch.testing.assert_close(new[neurons].mean(), old.mean(), atol=0.1, rtol=0)
+    torch.testing.assert_close(new[neurons].std(), old.std(), atol=0, rtol=0.1)
+
+
+def test_every_layer_expert_and_matrix_is_drawn_alone(save):
+    model = tiny()
+    entry = ExpertSource(save(model), save(model))
+    dropped = make_experts("drop:0.5", [entry] * 2, torch.float32, 0)
+    places = [(layer, expert) for layer in range(LAYERS) for expert in range(2)]
+    assert len({tuple(dropped.neurons(*place).tolist()) for place in places}) == len(places)
+    noisy = make_experts("noise:1", [entry], torch.float32, 0)
+    gate, up = (noisy.matrix(0, 0, kind) > weight(model, 0, kind) for kind in ("gate", "up"))
+    assert 0.4 < (gate == up).float().mean() < 0.6
+    groups = make_experts("virtual-group:4", [entry], torch.float32, 0)
+    assert not torch.equal(groups.members(0), groups.members(1))
+
+
+def test_a_source_of_two_dtypes_is_copied_where_it_can_be(save):
+    model = tiny()
+    source = save(model)
+    path = source.folder / "model.safetensors"
+    name = source.ffn(1, "up")
+    save_file(load_file(path) | {name: weight(model, 1, "up").half()}, path, metadata={"format": "pt"})
+    source = open_source(source.folder)
+    experts = make_experts("copy", [ExpertSource(source, source)], torch.float32, 0)
+    assert isinstance(experts.part(0, 0, "up"), Piece) and isinstance(experts.part(1, 0, "gate"), Piece)
+    assert torch.equal(values(experts, 1, 0, "up", torch.float32), weight(model, 1, "up").half().float())
 
 
 def test_drop_of_everything_keeps_nothing(save):
@@ -317,6 +356,9 @@ def test_adapter_is_merged_as_peft_merges_it(save, tmp_path, options):
             assert (got - values(experts, layer, 0, kind, torch.float32)).abs().max() > 1e-3
     (facts,) = experts.facts()["adapters"]
     assert (facts["expert"], facts["merged"], facts["left_out"]) == (1, 9, {"q_proj": 6})
+    edit(tmp_path / "lora", base_model_name_or_path="org/base")
+    again = make_experts("copy", [entry], torch.float32, 0)
+    assert again.facts()["adapters"][0]["trained_on"] == "org/base"
     assert experts.facts()["matrices_copied"] == experts.facts()["matrices_made"] == 9
 
 
@@ -416,3 +458,17 @@ def test_numbers_too_large_for_the_dtype_are_refused(save):
     with pytest.raises(UserError, match="layers.0.mlp.down_proj.weight is not finite"):
         experts.part(0, 1, "down").make()
     experts.part(1, 1, "down").make()
+
+
+@pytest.mark.parametrize("init", ["lora:4", "noise:0.1"])
+def test_a_damaged_source_is_told_from_a_dtype_that_is_too_small(save, init):
+    base, broken, loud = save(tiny()), tuned(tiny()), tuned(tiny())
+    with torch.no_grad():
+        weight(broken, 1, "up")[3, 5] = torch.nan
+        weight(loud, 1, "up").mul_(1e6)
+    cases = ((save(broken, "broken"), "damaged: fetch"), (save(loud, "loud"), "try dtype: bfloat16"))
+    for source, advice in cases:
+        experts = make_experts(init, [ExpertSource(source, base)] * 2, torch.float16, 0)
+        with pytest.raises(UserError, match=source.name) as error:
+            values(experts, 1, 0, "up", torch.float16)
+        assert advice in (error.value.hint or "")

@@ -105,6 +105,8 @@ def test_windows_reach_the_layers_they_were_on():
     assert every.layer_types == ["sliding_attention"] * 4 and every.sliding_window == 9
     unused = Qwen3Config(**SMALL, use_sliding_window=True, sliding_window=9)  # from layer 28 on
     assert target_config(unused, "qwen3_moe", 4, 2, 80).sliding_window is None
+    odd = LlamaConfig(**SMALL, sliding_window=9, layer_types=["sliding_attention"] * 4)  # of a Mistral once
+    assert target_config(odd, "mixtral", 4, 2, 80).sliding_window is None  # a Llama does not read it
     some = Qwen2Config(**SMALL, use_sliding_window=True, sliding_window=9, max_window_layers=3)
     assert target_config(some, "qwen2_moe", 4, 2, 80).layer_types == some.layer_types
 

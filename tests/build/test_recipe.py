@@ -63,7 +63,8 @@ def test_a_recipe_of_gemma_2_moe_is_read_as_it_stands(tmp_path):
     assert [e.source_model for e in recipe.experts] == ["google/gemma-2-9b-it"] * 2
     assert recipe.experts[0].negative_prompts == recipe.experts[1].positive_prompts
     assert choose_route(recipe)[0] == "centered" and identical(recipe)
-    assert "no mixture" in refused(tmp_path, PREDECESSOR).message
+    alone = refused(tmp_path, PREDECESSOR)
+    assert "no mixture" in alone.message and "add a second entry under experts" in alone.hint
 
 
 def test_a_recipe_of_mergekit_moe_is_translated_and_says_so(tmp_path):
@@ -154,6 +155,33 @@ def test_settings_that_exclude_each_other_are_refused(tmp_path, over, words):
         text = text.split("experts:")[0]
     found = refused(tmp_path, text.replace("num_experts_per_tok: 2\n", ""), **over)
     assert words in str(found)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, 1 << 70])
+def test_a_seed_that_does_not_fit_is_refused(tmp_path, seed):
+    assert refused(tmp_path, PREDECESSOR + SECOND, seed=seed).message.startswith(f"seed={seed}: ")
+    assert read(tmp_path, PREDECESSOR + SECOND, seed=(1 << 32) - 1)[0].seed == (1 << 32) - 1
+
+
+@pytest.mark.parametrize("key", ["residual_scale", "noise_scale"])
+def test_a_scale_is_finite(tmp_path, key):
+    text = PREDECESSOR + SECOND + f"    {key}: .inf\n"
+    assert refused(tmp_path, text).message.startswith(f"experts[1].{key}=inf: ")
+
+
+def test_a_name_is_one_short_line(tmp_path):
+    recipe, _ = read(tmp_path, PREDECESSOR.replace("Coding Expert", " Coding\\n Expert ") + SECOND)
+    assert recipe.experts[0].name == "Coding Expert"
+    recipe, _ = read(tmp_path, PREDECESSOR.replace("Coding Expert", "  ") + SECOND)
+    assert recipe.experts[0].name == "gemma-2-9b-it"
+    found = refused(tmp_path, PREDECESSOR.replace("Coding Expert", "x" * 200) + SECOND)
+    assert found.message == "experts[0].name: 200 characters" and "at most 60" in found.hint
+
+
+def test_blank_text_is_no_text(tmp_path):
+    text = "base_model: b\nexperts:\n- {name: one, corpus: ''}\n- {name: two, positive_prompts: [' ', a]}\n"
+    assert "none for one" in refused(tmp_path, text).message
+    assert read(tmp_path, text, route="random")[0].experts[1].positive_prompts == ["a"]
 
 
 def test_every_expert_without_text_is_named_at_once(tmp_path):

@@ -108,6 +108,21 @@ def test_figures_are_those_of_the_rows_on_the_held_out_tokens(corpus):
         assert figures["nll"] == pytest.approx(float(nn.functional.cross_entropy(logits, label)), rel=1e-4)
 
 
+def test_an_expert_with_most_of_the_text_does_not_decide(corpus):
+    """Accuracy is the mean of the experts': rows that give all to one are at chance."""
+    texts = [*corpus, *(text for text in texts_of(12, 20, fit=False, seed=3) if text.label == 0)]
+    found = fitted(texts, ["embed", "random"])
+    inputs, unseen = layer_of(texts), ~torch.tensor([text.fit for text in texts])
+    mask = unseen[inputs.document] & (inputs.position > 0)
+    label = torch.tensor([text.label for text in texts])[inputs.document][mask]
+    assert len(label) == (3 * 4 + 12) * 19
+    for method in ("embed", "random"):
+        right = (inputs.inputs[mask] @ found.weights[method][0].T).argmax(1) == label
+        recalls = [float(right[label == e].double().mean()) for e in range(E)]
+        accuracy = found.facts["layers"][0][method]["accuracy"]
+        assert accuracy == pytest.approx(sum(recalls) / E) != float(right.double().mean())
+
+
 def test_rows_are_centred_and_embed_is_one_matrix(corpus):
     found = fitted(corpus, layers=2)
     for method in CLASSED:
@@ -155,6 +170,30 @@ def test_a_single_document_is_not_believed():
     assert found.facts["measured_on"] == routers.FITTED
     for method in CLASSED:
         assert found.facts["layers"][0][method]["spread"] <= routers.UNSURE * 1.001
+
+
+def test_pieces_of_one_row_are_never_on_both_sides():
+    """Two rows an expert, each in four pieces alike, labels of chance: pieces would tell each other apart."""
+    texts = texts_of(8, 7)
+    rows = [(text.label, n // E % 2) for n, text in enumerate(texts)]
+    pieces = [
+        replace(text, id=f"{text.domain}/{row}" + (f".{n // E // 2 + 1}" if n // E >= 2 else ""))
+        for n, (text, (_, row)) in enumerate(zip(texts, rows, strict=True))
+    ]
+    inputs = layer_of(texts, labels=[0] * len(texts))
+    own = torch.randn(
+        2 * E, H, generator=generator(7)
+    )  # what a row has of its own says nothing of its expert
+    inputs.inputs += 2 * own[torch.tensor([2 * label + row for label, row in rows])[inputs.document]]
+
+    def accuracy(given: Sequence[Text]) -> float:
+        fit = RouterFit(given, E, ["probe"], EMBEDDING)
+        fit.visit(inputs)
+        found = fit.routers().facts
+        assert found["measured_on"] == routers.LEFT_OUT
+        return found["layers"][0]["probe"]["accuracy"]
+
+    assert accuracy(texts) > 0.8 and accuracy(pieces) < 0.6
 
 
 def test_held_out_text_of_some_experts_is_not_enough(corpus):

@@ -164,6 +164,18 @@ def test_broken_folders(llama: Path, tmp_path: Path):
     assert "no such" in refused(tmp_path / "nowhere").message
 
 
+def test_a_snapshot_of_the_hub_is_read_through_its_links(llama: Path, tmp_path: Path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for number, file in enumerate(sorted(llama.iterdir())):
+        (tmp_path / "blobs" / f"{number:x}").write_bytes(file.read_bytes())
+        (tmp_path / "snapshot" / file.name).symlink_to(f"../blobs/{number:x}")
+    source, name = open_source(tmp_path / "snapshot"), "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(source.read(name), open_source(llama).read(name))
+    build_moe(source, [source] * 2, "mixtral", tmp_path / "moe")
+    assert not any(file.is_symlink() for file in (tmp_path / "moe").iterdir())
+
+
 def test_old_buffers_are_not_part_of_the_model(llama: Path, tmp_path: Path):
     name = "model__layers__0__self_attn__rotary_emb__inv_freq"
     source = open_source(edited(llama, tmp_path / "old", **{name: torch.zeros(6)}))
@@ -190,7 +202,9 @@ def with_tokenizer(folder: Path, added: list[str], kind: str = "bpe") -> Path:
 def test_sources_with_the_same_or_no_vocabulary(kind: str, llama: Path, tmp_path: Path):
     base = open_source(with_tokenizer(edited(llama, tmp_path / "base"), ["<s>"], kind))
     twin = open_source(with_tokenizer(edited(llama, tmp_path / "twin", {"rms_norm_eps": 0.1}), ["<s>"], kind))
-    assert check_sources(base, [base, twin]) == []
+    assert check_sources(base, [base, twin]) == [
+        f"{twin.name} has rms_norm_eps=0.1: its FFNs run with 0.001 of {base.name}"
+    ]
     (note,) = check_sources(base, [open_source(llama), open_source(llama)])
     assert str(llama) in note and "no tokenizer.json" in note
     other = open_source(with_tokenizer(edited(llama, tmp_path / "other"), ["<s>", "<tool>"], kind))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moesmith.errors import UserError
-from moesmith.eval.decisive import by_depth, decisive
+from moesmith.eval.decisive import _percent, by_depth, decisive
 from moesmith.eval.routed import Forced, by_rows
 from moesmith.eval.routing import Labelled, losses
 from planted_routers import plain, rows, texts_of
@@ -61,7 +61,7 @@ def test_the_gap_by_hand():
     assert facts["tokens"] == sum(len(text.ids) - 1 for text in texts())
     assert facts["verdict"] == (
         "the router closes 89 % [89, 89] of the gap between random and oracle routing; "
-        "embed closes 55 % [55, 55]"
+        "embed closes 55 % [55, 55]; perplexity 4.48 against 5.75 of the best dense model (coder)"
     )
     json.dumps(facts, allow_nan=False)
 
@@ -96,6 +96,27 @@ def test_intervals_contain_the_figure_and_are_paired():
         ),
         ({"router": 1.3, "random": 2.0, "oracle": 1.5, "base": 1.5}, "but the router's mixture is: "),
         ({"router": 1.6, "random": 2.0, "oracle": 1.5, "base": 1.5}, "the experts add nothing on this text"),
+        ({"router": 1.6, "random": 2.0, "oracle": 1.6, "base": 1.5}, "add nothing but harm on this text"),
+        (
+            {"router": 1.6, "random": 2.0, "oracle": {"code": 1.4, "math": 1.7}, "base": 1.5},
+            "of the base model; they help in code",
+        ),
+        (
+            {"router": 1.5, "random": 3.0, "oracle": 1.1, "base": 1.3},
+            ", but is worse than the best dense model (base): perplexity 4.",
+        ),
+        (
+            {"router": 1.3, "random": 3.0, "oracle": 1.1, "base": 1.3},
+            ", but is no better than the best dense model",
+        ),
+        (
+            {"router": 1.3, "random": 3.0, "oracle": 1.1, "base": 1.9, "coder": 1.2},
+            ", but is worse than the best dense model (coder): ",
+        ),
+        (
+            {"router": 1.3, "random": 2.0, "oracle": 1.1, "base": 1.5, "uniform": 1.2},
+            "; all experts with equal weights do better: perplexity 3.",
+        ),
         ({"router": 2.2, "random": 2.0, "oracle": 1.1, "base": 1.5}, "the router is worse than random"),
         ({"router": 2.0, "random": 2.0, "oracle": 1.1, "base": 1.5}, "the router is no better than random"),
         ({"router": 1.2, "random": 1.1, "oracle": 1.2, "base": 1.5}, "nothing for a router to gain"),
@@ -106,6 +127,9 @@ def test_intervals_contain_the_figure_and_are_paired():
 def test_verdicts(nats, said):
     facts = decisive(measured(**nats), texts())
     assert facts["verdict"] is None if said is None else said in facts["verdict"]
+    assert facts["useful"] is (
+        nats["router"] < min(nats["random"], nats.get("base", 0), nats.get("coder", 9))
+    )
     if nats["router"] == 0.9:
         assert facts["gap_closed"]["mean"] > 1
 
@@ -121,11 +145,32 @@ def test_no_gap_has_a_reason():
     assert found["rows"][0]["mean_ci"] is None and "closes" in found["verdict"]
     doubtful = measured(router=1.1, random=1.2, oracle=1.0)
     doubtful["oracle"] = [(n + 9 * (-1) ** i, t) for i, (n, t) in enumerate(doubtful["oracle"])]
-    found = decisive(doubtful, texts())["gap_closed"]
+    facts = decisive(doubtful, texts())
+    found = facts["gap_closed"]
     assert found["ci"] is None and "not above the oracle in all draws" in found["reason"]
+    assert found["by_domain"]["math"] is None  # 12 documents
+    assert facts["verdict"].startswith("what a router can gain on this text is within the interval: ")
     other = {**measured(router=1.0), "oracle": [(1.0, 3)] * 42}
     with pytest.raises(UserError, match="oracle was measured on other tokens than router"):
         decisive(other, texts())
+
+
+def test_few_documents_have_wider_intervals_and_are_counted():
+    """The bootstrap of two documents has half the variance that it should have."""
+    domains = {"code": 2, "math": 30}
+    given = measured(spread=0, domains=domains, router=1.0)
+    given["router"] = [(nats + (i == 0) * tokens, tokens) for i, (nats, tokens) in enumerate(given["router"])]
+    facts = decisive(given, [*texts(domains)])
+    assert facts["documents"] == 32 and facts["fewest"] == 2
+    # code is 2 nats or 1, by the document that is drawn: 1.444 [1, 2], widened by sqrt(2); math is 1
+    code = 1 + 4 / 9
+    ends = [(1 + code + math.sqrt(2) * (end - code)) / 2 for end in (1, 2)]
+    assert facts["rows"][0]["mean_ci"] == pytest.approx([math.exp(end) for end in ends])
+
+
+def test_shares_are_written_as_on_the_page():
+    written = [_percent({"mean": mean, "ci": ci}) for mean, ci in ((0.998, None), (-0.5, (-0.6, 1.0)))]
+    assert written == ["99.8 %", "−50 % [−60, 100]"]
 
 
 def test_by_depth_changes_one_part_at_a_time():

@@ -275,6 +275,55 @@ def test_an_expert_that_is_not_its_source_is_not_kept(models, tmp_path, capsys, 
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
+def test_a_source_of_nan_is_called_damaged(models, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    shutil.copytree(models / "code", tmp_path / "damaged")
+    tensors = load_file(tmp_path / "damaged" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", {"format": "pt"})
+    experts = [{"source_model": str(models / "math")}, {"source_model": str(tmp_path / "damaged")}]
+    path = recipe(models, tmp_path, experts=experts, route="random")
+    err = build(capsys, path, "--out", tmp_path / "moe", *QUICK, status=2)
+    assert "damaged gives NaN or infinite logits" in err and "fault of moesmith" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["damaged", "recipe.yaml"]
+
+
+def test_two_builds_do_not_write_into_one_folder(models, tmp_path, capsys, monkeypatch):
+    path, out, real = recipe(models, tmp_path, route="random"), tmp_path / "moe", job.write
+
+    def another_one_starts(*args):
+        monkeypatch.setattr(job, "write", real)
+        err = build(capsys, path, "--out", out, *QUICK, status=2)
+        assert f"another build is writing {out}" in err
+        return real(*args)
+
+    monkeypatch.setattr(job, "write", another_one_starts)
+    build(capsys, path, "--out", out, *QUICK)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["moe", "recipe.yaml"]
+    assert not any(name.name.startswith(".") for name in out.iterdir())
+
+
+def test_copies_of_another_corpus_are_said(models, tmp_path, capsys):
+    own = [{"text": sentence("math", n)} for n in range(8)]
+    write_jsonl(tmp_path / "copy.jsonl", [*(models / "code.jsonl").read_text().splitlines(), *own])
+    names = {"code": models / "code.jsonl", "math": tmp_path / "copy.jsonl", "prose": models / "prose.jsonl"}
+    experts = [{"source_model": str(models / n), "corpus": str(p)} for n, p in names.items()]
+    flags = ("--out", tmp_path / "moe", *QUICK, "--tokens", 2000)
+    assert "12 of 20 rows of math are copies" in build(
+        capsys, recipe(models, tmp_path, experts=experts, route="embed"), *flags
+    )
+
+
+def test_noise_of_one_expert_is_named_as_what_changed_it(models, tmp_path, capsys):
+    experts = [{"source_model": str(models / n)} for n in DOMAINS]
+    experts[1]["noise_scale"] = 0.1
+    path = recipe(models, tmp_path, experts=experts, route="random", dtype="bfloat16")
+    text = build(capsys, path, "--out", tmp_path / "moe", *QUICK)
+    assert "(changed on purpose by noise_scale)" in text
+    assert re.search(r"all made, since the sources are not in bfloat16\)", text)
+
+
 @pytest.mark.parametrize("step", ["writing", "proving"])
 def test_an_interrupted_build_leaves_nothing_under_its_name(models, tmp_path, capsys, monkeypatch, step):
     path = recipe(models, tmp_path)
@@ -303,6 +352,8 @@ def test_what_can_be_refused_is_refused_before_anything_is_read(models, tmp_path
     corpora = [{"name": n, "corpus": str(models / f"{n}.jsonl")} for n in DOMAINS]
     assert "positve_prompts" in refused(experts=[{**corpora[0], "positve_prompts": "x"}, *corpora[1:]])
     assert "no such file" in refused(experts=[{**corpora[0], "corpus": "codo.jsonl"}, *corpora[1:]])
+    same = [str(models / "code.jsonl"), str(models / ".." / models.name / "code.jsonl")]
+    assert "same corpus" in refused(experts=[{**corpora[0], "corpus": p, "name": p[-30:]} for p in same])
     assert "same corpus" in refused(experts=[{**c, "corpus": corpora[0]["corpus"]} for c in corpora])
     assert "does not divide the FFN width 96" in refused(init="virtual-group:5")
     assert "does not divide the FFN width 96" in refused(init="split", num_experts=9, experts=[])

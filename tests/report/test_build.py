@@ -77,7 +77,10 @@ def test_what_is_wrong_is_said():
     assert "For information There is nothing for a router to gain." in text, (
         "the build's own sentence opens the page"
     )
-    assert "No share of a gap can be given: random routing is not above the oracle." in text
+    assert "No share of a gap" not in text  # all experts are the same: no wonder
+    other = degenerate()
+    other["build"]["identical"] = False
+    assert "No share of a gap can be given: random routing is not above the oracle." in words(other)
     assert (
         "All experts are the same" in text
         and "held-out text" not in text
@@ -100,6 +103,47 @@ def test_what_is_lost_between_the_fit_and_the_model_is_said():
     for row in facts["build"]["routing"]["layers"]:
         row["accuracy"] = row["by_method"]["probe"] - 0.3
     assert "As fitted, on what the base's FFNs read, it was 76.2 %: in the model the experts" in words(facts)
+
+
+def test_the_first_token_alone_is_no_loss():
+    """Prompts of 4 tokens: a quarter of what is judged is a first token, which no fit counts."""
+    facts = moe()
+    routing = facts["build"]["routing"]
+    routing |= {"tokens": 400, "positions": [{"from": 0, "to": 0, "accuracy": 0.25, "tokens": 100}]}
+    for row in routing["layers"]:
+        row["by_method"]["probe"] = 0.65
+        row["accuracy"] = (3 * 0.65 + 0.25) / 4
+    assert "As fitted" not in words(facts)
+    routing["positions"] = []
+    assert "As fitted" in words(facts)
+
+
+def test_little_text_is_said():
+    facts = moe()
+    build = facts["build"]
+    assert "One domain has" not in words(facts)
+    assert "In 95 of 96 documents the most used expert is the label's." in words(facts)
+    build["perplexity"]["fewest"] = 2
+    assert "One domain has 2 documents, so the intervals are narrower than they should be" in words(facts)
+    build["perplexity"]["fewest"] = 1
+    assert "a single document, which has no interval" in words(facts)
+    routing = build["routing"]
+    routing["confusion"][3] = [None] * 4
+    routing["chance"] = 1.0
+    text = words(facts)
+    assert "No text of prose was judged" in text and "Collapsed (less than" in text
+    assert "prose in layers" not in text, "without text of its own it need not be used"
+    assert "chance, top-k" not in rendered(facts), "all experts are chosen: nothing to draw"
+
+
+def test_long_names_and_many_domains_have_an_end():
+    found = moe()["build"]
+    found["perplexity"]["rows"][-1]["name"] = "n" * 100
+    table = build._by_domain(found["perplexity"])
+    assert "n" * 59 + "…" in str(table) and "n" * 60 not in str(table)
+    gap = found["perplexity"]["gap_closed"]
+    gap["by_domain"] = {f"domain {n}": 0.5 for n in range(build_charts.MANY + 1)}
+    assert build_charts.gap_by_domain(found, LIGHT) is None
 
 
 def test_a_split_has_no_oracle_and_says_what_it_keeps():
@@ -218,7 +262,7 @@ def test_every_tinted_figure_says_how_far_it_is_from_the_best():
     text = rendered(moe())
     table = re.search(r'<table id="t-perplexity".*?</table>', text, re.S).group()
     assert table.count('class="best"') == 4 and "--v:0%" in table and "--v:52%" not in table
-    assert '<td class="best" style="--tone:var(--warm);--v:0%">4.30</td>' in table
+    assert '<td class="best" style="--tone:var(--warm);--v:0%">4.300</td>' in table
 
 
 def test_the_png_shows_the_perplexities_of_a_build(monkeypatch):

@@ -52,6 +52,8 @@ class Adapter:
     deltas: dict[tuple[int, Kind], Delta]
     left_out: dict[str, int]
     """tensors that have no place in an FFN, by module: {"q_proj": 32, ...}"""
+    trained_on: str | None
+    """the model that it says it was trained on. Only shapes are checked: a copy may be called otherwise"""
 
     def merge(self, layer: int, kind: Kind, weight: Tensor) -> None:
         """Add this adapter's update to an fp32 matrix, in place; nothing where it has none."""
@@ -119,7 +121,7 @@ def read_adapter(folder: Path, source: Source) -> Adapter:
                 "the adapter must have been trained on the expert's source_model",
             )
         deltas[layer, kind] = Delta(pair["A"], pair["B"], scaling)
-    return Adapter(folder, deltas, dict(sorted(left_out.items())))
+    return Adapter(folder, deltas, dict(sorted(left_out.items())), config.get("base_model_name_or_path"))
 
 
 def _check_plain(folder: Path, config: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 First a plan: every tensor of the target class is given the byte ranges, or the makers, of its parts, and the
 whole is held against the class itself. Then it is written from first to last byte. What is no FFN comes from
-the base and stays as it is. One made part is in memory at a time, never a stack of experts.
+the base, byte for byte in the same dtype. One made part is in memory at a time, never a stack of experts.
 """
 
 # H hidden size, E experts, I expert width, S width of the shared expert
@@ -30,13 +30,12 @@ from moesmith.models.headers import read_headers
 from moesmith.models.ranges import SHARD_BYTES, Made, NewTensor, Piece, full_disk, write_checkpoint
 from moesmith.models.rewrite import live_names
 
-from .native import Kind, Layout, layout_of, meta_model, model_class
-from .sources import DTYPE_NAMES, FLOATS, Source
+from .native import KINDS, Kind, Layout, layout_of, meta_model, model_class
+from .sources import DTYPE_NAMES, FLOATS, Source, rounded
 
 if TYPE_CHECKING:
     from .modes import Experts
 
-KINDS: tuple[Kind, Kind, Kind] = ("gate", "up", "down")
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
@@ -167,22 +166,25 @@ class _Plan:
     def other(self, name: str) -> None:
         """A tensor of the base that is no FFN matrix. What the base keeps in another precision than its
         FFNs keeps it."""
-        header, new = self.base.tensors[name], self.layout.other(name)
+        header = self.base.tensors[name]
         if FLOATS.get(header.dtype) != self.base.dtype or self.base.dtype == self.dtype:
             part = (self.base.piece(name),)
-            self.tensors.append(NewTensor(new, header.dtype, header.shape, part))
+            self.tensors.append(NewTensor(name, header.dtype, header.shape, part))
         else:
-            self.add(new, header.shape, self._converted(self.base, name, 1.0))
+            self.add(name, header.shape, self._converted(self.base, name, 1.0))
 
     def router(self, layer: int, weight: Tensor) -> None:
         shape = (self.experts.num_experts, self.base.hidden_size)
         assert tuple(weight.shape) == shape, f"router of layer {layer}: {list(weight.shape)}, wanted {shape}"
-        make = partial(tensor_bytes, weight.detach().cpu(), self.dtype)
-        self.add(self.layout.router(layer), shape, Made(self.nbytes(*shape), make))
-        name = self.layout.extra(layer)
-        if name is not None:
+        name, bias = self.layout.router(layer), self.layout.extra(layer)
+
+        def make() -> memoryview:
+            return tensor_bytes(rounded(weight.detach().cpu(), self.dtype, "routers", name), self.dtype)
+
+        self.add(name, shape, Made(self.nbytes(*shape), make))
+        if bias is not None:
             count = 4 * self.experts.num_experts
-            self.tensors.append(NewTensor(name, "F32", (1, self.experts.num_experts), (_zeros(count),)))
+            self.tensors.append(NewTensor(bias, "F32", (1, self.experts.num_experts), (_zeros(count),)))
 
     def experts_of(self, layer: int) -> None:
         count, width, hidden = self.experts.num_experts, self.experts.width, self.base.hidden_size
@@ -228,7 +230,8 @@ class _Plan:
     def _converted(self, source: Source, name: str, factor: float) -> Made:
         def make() -> memoryview:
             tensor = source.read(name)
-            return tensor_bytes(tensor if factor == 1.0 else tensor.float() * factor, self.dtype)
+            tensor = tensor if factor == 1.0 else tensor.float() * factor
+            return tensor_bytes(rounded(tensor, self.dtype, source.name, name), self.dtype)
 
         return Made(self.nbytes(*source.tensors[name].shape), make)
 

@@ -349,11 +349,15 @@ def _best_scale(value: Callable[[float], float], unit: float) -> float:
 
 
 def _class_means(x: Tensor, label: Tensor, num_experts: int, negatives: Negatives | None = None) -> Tensor:
-    """(E, H) fp64, less NEGATIVE times the mean of the expert's negatives where it has any."""
+    """(E, H) fp64, less NEGATIVE times what the expert's negatives have beside the common mean, if any.
+
+    With the common mean in it, an expert with negatives would lose half of what all FFN inputs share, and
+    with it its own tokens: in the tests' world LDA gave it none of them.
+    """
     means = _means(x, label, num_experts)
     if negatives is not None:
         has = torch.bincount(negatives[1], minlength=num_experts) > 0
-        means[has] -= NEGATIVE * _means(*negatives, num_experts)[has]
+        means[has] -= NEGATIVE * (_means(*negatives, num_experts) - means.mean(dim=0))[has]
     return means
 
 

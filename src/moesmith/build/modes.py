@@ -31,7 +31,7 @@ from moesmith.models.ranges import Made, Piece
 
 from .adapter import read_adapter
 from .native import Kind
-from .sources import FLOATS, Source
+from .sources import FLOATS, Source, rounded
 
 OVERSAMPLE = 16  # columns of the random sketch beyond the rank
 ROWS = 1024  # that random numbers and squares are held for at a time
@@ -193,8 +193,8 @@ class WholeExperts:
     def facts(self) -> dict[str, Any]:
         """What was done; complete once everything is written."""
         adapters = [
-            {"expert": number, "folder": str(adapter.folder), "merged": len(adapter.deltas)}
-            | {"left_out": adapter.left_out}
+            {"expert": number, "folder": str(adapter.folder), "trained_on": adapter.trained_on}
+            | {"merged": len(adapter.deltas), "left_out": adapter.left_out}
             for number, adapter in enumerate(self.adapters)
             if adapter
         ]
@@ -245,13 +245,7 @@ class WholeExperts:
                 rows.add_(torch.randn(rows.shape, generator=random), alpha=size)
         if kind == "down" and self.factor[entry] != 1:
             weight.mul_(self.factor[entry])
-        rounded = weight.to(self.dtype)
-        if not all(map(math.isfinite, rounded.aminmax())):  # NaN is passed on; no copy is made
-            raise UserError(
-                f"{source.name}: {source.ffn(layer, kind)} is not finite as an expert in {self.dtype}",
-                "the source is damaged, or its numbers too large: try dtype: bfloat16",
-            )
-        return rounded
+        return rounded(weight, self.dtype, source.name, source.ffn(layer, kind))
 
     def _bytes(self, layer: int, expert: int, kind: Kind) -> memoryview:
         self._made.add((layer, expert, kind))
@@ -334,6 +328,12 @@ class LowRankExperts(WholeExperts):
         base = self.entries[entry].base
         start = base.read(base.ffn(layer, kind)).float()
         delta = weight.sub_(start)
+        if not all(map(math.isfinite, delta.aminmax())):
+            name = self.entries[entry].source.name
+            raise UserError(
+                f"{name}: {kind}_proj of layer {layer} holds NaN or infinity, or that of {base.name} does",
+                "the weights are damaged: fetch them again",
+            )
         total = _energy(delta)
         if not total:
             return delta.add_(start)

@@ -21,6 +21,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from moesmith.errors import UserError
 
 Kind = Literal["gate", "up", "down"]
+KINDS: tuple[Kind, Kind, Kind] = ("gate", "up", "down")
 
 # Width of a shared expert of zeros, for a class that always has one. A multiple of the 32 weights that
 # engines quantise together.
@@ -47,7 +48,8 @@ class SharedExpert:
 class Layout:
     """A MoE class: config fields, and names of tensors as its own checkpoints have them.
 
-    Experts are stored apart (`experts` with a {} for the number), or stacked (`stacks`).
+    What is no FFN matrix is called as in the dense model. Experts are stored apart (`experts` with a {} for
+    the number), or stacked (`stacks`).
     """
 
     model_type: str
@@ -80,7 +82,7 @@ class Layout:
         """(I, H) or, down, (H, I); None where stacks are stored."""
         if self.experts is None:
             return None
-        return f"{self._block(layer)}.{self.experts.format(expert)}{self.matrices[_ORDER.index(kind)]}"
+        return f"{self._block(layer)}.{self.experts.format(expert)}{self.matrices[KINDS.index(kind)]}"
 
     def stack(self, layer: int, kind: Literal["gate_up", "down"]) -> str | None:
         """(E, 2I, H), rows of gate before those of up, or (E, H, I); None where experts are stored apart."""
@@ -100,10 +102,6 @@ class Layout:
         """Name of the score bias."""
         return self.score_bias and f"{self._block(layer)}.{self.score_bias}"
 
-    def other(self, name: str) -> str:
-        """Name in the MoE of a dense tensor that is no FFN matrix: the same, or the class would not fit."""
-        return name
-
     def shared_width(self, config: PreTrainedConfig) -> int:
         """S that a config of this class gives its shared expert, 0 for none."""
         if self.shared_expert is None:
@@ -115,7 +113,6 @@ class Layout:
         return f"model.layers.{layer}.{self.block}"
 
 
-_ORDER: tuple[Kind, Kind, Kind] = ("gate", "up", "down")
 _QWEN_SHARED = SharedExpert(
     "shared_expert", "shared_expert_intermediate_size", "shared_expert_gate.weight", always=True
 )
@@ -254,7 +251,7 @@ def target_config(
     values = {fit.renamed.get(key, key): value for key, value in known.items()}
     _check_nothing_lost(dense.model_type, fit, known, plain, taken)
     carried = {key: value for key, value in values.items() if key in taken and key not in OWN | WINDOWS}
-    carried |= _windows(dense, target, taken)
+    carried |= _windows(dense.model_type, known, target, taken)
     carried |= copy.deepcopy(layout.fixed | fit.fixed)
     carried |= {key: [value] * dense.num_hidden_layers for key, value in layout.per_layer.items()}
     carried |= {layout.width: width, layout.num_experts: num_experts, layout.top_k: top_k}
@@ -321,22 +318,22 @@ def _check_nothing_lost(
         raise UserError(f"{model_type} with {uses}: {fit.target} has no such option, the result would differ")
 
 
-def _windows(dense: PreTrainedConfig, target: str, taken: set[str]) -> dict[str, Any]:
-    """Fields that give every layer the attention window it has in `dense`.
+def _windows(model_type: str, known: dict[str, Any], target: str, taken: set[str]) -> dict[str, Any]:
+    """Fields that give every layer the attention window it has in the dense model.
 
     Configs disagree on what says so: a window alone, a window and a switch, or the types of all layers.
+
+    Args:
+        known: fields that the dense class reads. A Llama made of a Mistral may still have the window.
     """
-    window, count = getattr(dense, "sliding_window", None), dense.num_hidden_layers
-    kinds = getattr(dense, "layer_types", None)
-    kinds = kinds or ["sliding_attention" if window else "full_attention"] * count
+    window, count = known.get("sliding_window"), known["num_hidden_layers"]
+    kinds = known.get("layer_types") or ["sliding_attention" if window else "full_attention"] * count
     slides = "sliding_attention" in kinds
     if "layer_types" in taken:
         fields = {"layer_types": list(kinds), "sliding_window": window, "use_sliding_window": slides}
     elif slides and ("sliding_window" not in taken or len(set(kinds)) > 1):
         has = "one window for all layers" if "sliding_window" in taken else "no windows"
-        raise UserError(
-            f"{dense.model_type} with layer_types={kinds}: {target} has {has}, the result would differ"
-        )
+        raise UserError(f"{model_type} with layer_types={kinds}: {target} has {has}, the result would differ")
     else:
         fields = {"sliding_window": window if slides else None, "use_sliding_window": slides}
     return {key: value for key, value in fields.items() if key in taken}

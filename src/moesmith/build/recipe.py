@@ -22,6 +22,8 @@ WITHOUT_CORPUS = "centered"  # and where some have prompts alone
 ROUTES = ("embed", "hidden", "centered", "lda", "probe", "loss", "ridge", "random")
 NEED_NO_TEXT = ("random",)
 TOP_K = 2
+SEEDS = 1 << 32  # each layer and expert draws from a seed of its own, made of this one: it has to fit 64 bits
+LONGEST_NAME = 60  # characters: an expert's name is a column of tables and an axis of charts
 SPLIT_ON = (3, 4)  # of a split FFN's experts, so many are on by default: the rest of the FFN is missed
 
 Route = Literal["auto", "embed", "hidden", "centered", "lda", "probe", "loss", "ridge", "random"]
@@ -42,16 +44,30 @@ class Expert(JobConfig):
     """Prompts that are none of its business."""
     corpus: list[str] = []
     """Text of its domain: .jsonl, .json, .parquet, text, a folder of them, or a hub name."""
-    residual_scale: float = pydantic.Field(1.0, gt=0)
+    residual_scale: float = pydantic.Field(1.0, gt=0, allow_inf_nan=False)
     """Multiplies down_proj."""
-    noise_scale: float = pydantic.Field(0.0, ge=0)
+    noise_scale: float = pydantic.Field(0.0, ge=0, allow_inf_nan=False)
     """Noise on every matrix."""
 
     @pydantic.field_validator("positive_prompts", "negative_prompts", "corpus", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
-        """A single string is a list of one; nothing is an empty list."""
-        return [] if value is None else [value] if isinstance(value, str) else value
+        """A single string is a list of one; nothing is an empty list, and a blank one is nothing."""
+        value = [] if value is None else [value] if isinstance(value, str) else value
+        blank = isinstance(value, list) and any(isinstance(item, str) and not item.strip() for item in value)
+        return [item for item in value if not isinstance(item, str) or item.strip()] if blank else value
+
+    @pydantic.field_validator("name", mode="after")
+    @classmethod
+    def _one_short_line(cls, value: str | None) -> str | None:
+        """A name on one line, or none; it stands in tables and charts."""
+        name = " ".join((value or "").split())
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{len(name)} characters{'' if name.isprintable() else ', some of them no text'}",
+                f"a name is one line of at most {LONGEST_NAME} characters",
+            )
+        return name or None
 
 
 class SharedExpert(JobConfig):
@@ -82,7 +98,7 @@ class Recipe(JobConfig):
     """Only of init: split; otherwise the experts are listed."""
     shared_expert: SharedExpert | None = None
     """Where the class has one."""
-    seed: int = 0
+    seed: int = pydantic.Field(0, ge=0, lt=SEEDS)
     """Of everything that is drawn."""
     experts: list[Expert] = []
     """One entry each."""
@@ -261,7 +277,8 @@ def filled(recipe: Recipe) -> Recipe:
     if count < 2:
         raise UserError(
             "experts: one is no mixture",
-            "list two or more, or make several of one: init: virtual-group:4, or split",
+            "add a second entry under experts: another fine-tune, or the base (no source_model); "
+            "or make several of this one: init: virtual-group:4",
         )
     named = _named(experts, recipe.base_model)
     top_k = recipe.num_experts_per_tok or _top_k(mode, number, count)

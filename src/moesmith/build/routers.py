@@ -10,7 +10,8 @@ it is an attention sink with an input of its own kind.
 
 What is measured, and the temperature, come from tokens that were not fitted on (facts["measured_on"]):
 - "held-out documents": texts with `fit=False`, where they cover every expert;
-- "left-out documents": otherwise each document (in up to FOLDS groups) is judged by rows fitted without it,
+- "left-out documents": otherwise each document (in up to FOLDS groups) is judged by rows fitted without it
+  (pieces of one row of text are one document),
   which is what four prompts per expert allow. Prompts of one hand are alike: SmolLM2-135M with 4 prompts of
   7 tokens in each of 4 domains said .53-.67 for the probe where long unseen text gave .40-.57;
 - "fitted tokens": where an expert has a single document. Then the temperature is held to a spread of 1,
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moesmith.build import estimators
+from moesmith.data.pieces import row_numbers
 from moesmith.errors import UserError
 
 if TYPE_CHECKING:
@@ -70,6 +72,9 @@ class _Tokens:
     """(T, H) fp32"""
     label: Tensor
     document: Tensor
+    """(T,) index into the texts"""
+    row: Tensor
+    """(T,) the same for pieces of one row of text: what may not be on both sides of a judgement"""
     losses: Tensor | None
     """(T, E)"""
 
@@ -78,7 +83,9 @@ class _Tokens:
         index = mask.nonzero()[:, 0]
         index = index[:: max(1, -(-len(index) // TOKEN_LIMIT))]
         losses = None if self.losses is None else self.losses[index]
-        return _Tokens(self.x[index].float(), self.label[index], self.document[index], losses)
+        return _Tokens(
+            self.x[index].float(), self.label[index], self.document[index], self.row[index], losses
+        )
 
 
 class RouterFit:
@@ -116,6 +123,7 @@ class RouterFit:
         self.seed = seed
         everything = [*self.texts, *self.negatives]
         self._label = torch.tensor([text.label for text in everything], dtype=torch.int64)
+        self._row = torch.tensor(row_numbers(f"{text.domain}\n{text.id}" for text in everything))
         self._fit = torch.tensor([text.fit for text in everything], dtype=torch.bool)
         self._negative = torch.arange(len(everything)) >= len(self.texts)
         self._embed: dict[tuple[int, ...], Tensor] = {}
@@ -158,7 +166,8 @@ class RouterFit:
                     f"losses are {tuple(self.losses.shape)}, wanted {(len(document), self.num_experts)}"
                 )
             losses = self.losses.to(device)
-        tokens = _Tokens(inputs.inputs, self._label.to(device)[document], document, losses)
+        label, row = (of_text.to(device)[document] for of_text in (self._label, self._row))
+        tokens = _Tokens(inputs.inputs, label, document, row, losses)
         usable = inputs.position.to(device) > 0
         fitted, negative = (mask.to(device)[document] for mask in (self._fit, self._negative))
         fit = tokens.take(usable & fitted & ~negative)
@@ -240,7 +249,7 @@ class RouterFit:
         covered = len(judged.x) > 0 if method == "loss" else all(self._per_expert(judged))
         if covered:
             return rows, judged, judged.x @ rows.T, HELD_OUT
-        fold = estimators.fold_of(train.document, train.label, FOLDS)
+        fold = estimators.fold_of(train.row, train.label, FOLDS)
         if method == "loss":
             possible = fold.unique().numel() > 1
         else:
@@ -269,9 +278,9 @@ class RouterFit:
             return self._embed_rows(tokens.document).to(tokens.x.device)
         if method == "loss":
             assert tokens.losses is not None
-            return estimators.loss(tokens.x, tokens.losses, tokens.document)
+            return estimators.loss(tokens.x, tokens.losses, tokens.row)
         if method == "probe":
-            return estimators.probe(tokens.x, tokens.label, self.num_experts, negatives, tokens.document)
+            return estimators.probe(tokens.x, tokens.label, self.num_experts, negatives, tokens.row)
         return MOMENTS[method](tokens.x, tokens.label, self.num_experts, negatives)
 
     def _embed_rows(self, document: Tensor) -> Tensor:
@@ -310,9 +319,10 @@ class RouterFit:
         return temperature
 
     def _judge(self, method: str, judged: _Tokens, logits: Tensor, temperature: float) -> dict[str, Any]:
-        """Token accuracy; nats of the labels before (unit rows: at SEED_SCALE) and after the temperature,
-        classes weighing equally; spread of the logits; nats of the mixture of the sources and what they are
-        with equal weights, where the losses are known."""
+        """Accuracy, and nats of the labels before (unit rows: at SEED_SCALE) and after the temperature, per
+        token with classes weighing equally (so that chance is 1/E for any amounts of text); spread of the
+        logits; nats of the mixture of the sources and what they are with equal weights, where the losses are
+        known."""
         found: dict[str, Any] = {
             "tokens": len(judged.x),
             "accuracy": None,
@@ -325,7 +335,7 @@ class RouterFit:
             label, z = judged.label[labelled], logits[labelled].double()
             weight = estimators.class_weights(label, self.num_experts)
             before = estimators.SEED_SCALE if method in ("embed", "hidden", "centered") else 1.0
-            found["accuracy"] = float((z.argmax(dim=1) == label).double().mean())
+            found["accuracy"] = float((weight * (z.argmax(dim=1) == label)).double().mean())
             for key, scale in (("nll_before", before), ("nll", temperature)):
                 found[key] = float((weight * F.cross_entropy(scale * z, label, reduction="none")).mean())
         if judged.losses is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,12 @@ DTYPE_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 FIRST, GATE = "layers.0.", "mlp.gate_proj.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Config fields that change what an FFN reads; in the result they are the base's.
+AROUND_FFN = (
+    "rope_parameters", "rms_norm_eps", "layer_norm_eps", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "layer_types", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,10 @@ def open_source(model: str | Path) -> Source:
 
 
 def check_sources(base: Source, others: Sequence[Source]) -> list[str]:
-    """Refuse sources whose FFNs cannot stand in the base's layers. Returns what could not be compared.
+    """Refuse sources whose FFNs cannot stand in the base's layers.
+
+    Returns what a user should know: what could not be compared, and where a source's FFNs were trained to
+    read something else than the base's attention and norms give them.
 
     Raises:
         UserError: another family, depth, hidden size, FFN width, activation or vocabulary; names both.
@@ -140,6 +150,10 @@ def check_sources(base: Source, others: Sequence[Source]) -> list[str]:
                     f"{other.name} does not fit beside {base.name}: {what} {theirs}, wanted {ours}",
                     "all sources of a build are fine-tunes of one base model, or of its twin",
                 )
+        for field in AROUND_FFN:
+            ours, theirs = getattr(base.config, field, None), getattr(other.config, field, None)
+            if ours != theirs:
+                notes.append(f"{other.name} has {field}={theirs}: its FFNs run with {ours} of {base.name}")
         their_tokens = _vocabulary(other.folder)
         if their_tokens is None or tokens is None:
             without = base if tokens is None else other
@@ -147,6 +161,22 @@ def check_sources(base: Source, others: Sequence[Source]) -> list[str]:
         elif their_tokens != tokens:
             _refuse_vocabulary(base, tokens, other, their_tokens)
     return list(dict.fromkeys(notes))
+
+
+def rounded(values: Tensor, dtype: torch.dtype, source: str, name: str) -> Tensor:
+    """`values` in the dtype that is written; the same tensor if it is stored so.
+
+    Raises:
+        UserError: NaN or infinity, or a number that the dtype cannot hold.
+    """
+    new = values.to(dtype)
+    if not all(map(math.isfinite, new.aminmax())):  # NaN is passed on; no copy is made
+        if all(map(math.isfinite, values.aminmax())):
+            hint = "its numbers are too large for that: try dtype: bfloat16"
+        else:
+            hint = "the weights are damaged: fetch them again"
+        raise UserError(f"{source}: {name} is not finite in {str(dtype).removeprefix('torch.')}", hint)
+    return new
 
 
 def _text_config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:

@@ -1,8 +1,9 @@
 """What a router is worth in perplexity: between random routing and an oracle that knows each text's expert.
 
 gap closed = (PPL_random - PPL_router) / (PPL_random - PPL_oracle), where PPL is exp of the mean over domains
-of the mean nats per token. Intervals are 95 % bootstrap over the documents of each domain (`bootstrap.py`);
-all rows see the same draws, so differences and ratios of rows are paired.
+of the mean nats per token. Intervals are 95 % bootstrap over the documents of each domain (`routing.drawn`);
+all rows see the same draws, so differences and ratios of rows are paired. Of fewer than about ten documents
+per domain (`fewest`) they are still too narrow.
 """
 
 # N texts, M documents of a domain, D domains, X rows of the table, W draws
@@ -10,6 +11,7 @@ all rows see the same draws, so differences and ratios of rows are paired.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +21,9 @@ from numpy.typing import NDArray
 
 from moesmith.errors import UserError
 
-from .bootstrap import ROUNDS, SEED, SHARE, Interval, draws
+from .bootstrap import ROUNDS, SEED, Interval
 from .routed import Choose, mixed, moe_text_layers
-from .routing import Labelled, Losses, document_numbers, losses
+from .routing import Labelled, Losses, document_numbers, drawn, losses, middle
 
 Floats = NDArray[np.float64]
 
@@ -47,8 +49,10 @@ def decisive(
 
     Returns:
         plain data. A `ci` is None where a domain has fewer than two documents. `gap_closed["mean"]` is None,
-        with a `reason`, where random routing is not above the oracle; `gap_closed_embed` is None without
-        that row. `verdict` is None without an oracle or random row.
+        with a `reason`, where random routing is not above the oracle, in `by_domain` also where it is not
+        beyond the interval of that domain; `gap_closed_embed` is None without that row. `verdict` is None
+        without an oracle or random row. `useful`: the router is below random routing and the best dense
+        model, each beyond the interval; not if one of them or the interval is missing.
 
     Raises:
         UserError: rows measured on different tokens.
@@ -65,7 +69,7 @@ def decisive(
                 "key": key,
                 "kind": KINDS.get(key, "source"),
                 "mean": math.exp(table.nats[x]),
-                "mean_ci": None if table.drawn is None else _middle(np.exp(table.drawn[:, x])),
+                "mean_ci": None if table.drawn is None else middle(np.exp(table.drawn[:, x])),
                 "by_domain": {d: math.exp(table.by_domain[i, x]) for i, d in enumerate(table.domains)},
             }
         )
@@ -80,11 +84,16 @@ def decisive(
     return {
         "domains": table.domains,
         "documents": table.documents,
+        "fewest": table.fewest,
         "tokens": table.tokens,
         "rows": out,
         "gap_closed": gap,
         "gap_closed_embed": gap_embed,
         "differences": differences,
+        "useful": table.drawn is not None
+        and "random" in table.keys
+        and (dense := table.best_dense()) is not None
+        and all(table.better("router", key) for key in ("random", dense)),
         "verdict": _verdict(table, gap, gap_embed),
     }
 
@@ -101,22 +110,38 @@ class _Table:
     """(D, X)"""
     drawn: Floats | None
     """(W, X) `nats` of resampled documents; None where a domain has fewer than two"""
+    drawn_by_domain: list[Floats | None]
+    """the same of each domain"""
     documents: int
+    fewest: int
+    """documents of the domain that has the fewest"""
     tokens: int
 
     def ppl(self, key: str) -> float:
         return math.exp(self.nats[self.keys.index(key)])
 
+    def best_dense(self) -> str | None:
+        """The dense model, base or source, that is best alone; None if none was measured."""
+        dense = [key for key in self.keys if KINDS.get(key, "source") == "source"]
+        return min(dense, key=lambda key: self.nats[self.keys.index(key)], default=None)
+
     def less(self, key: str, than: str) -> tuple[float, Interval | None]:
         """Nats per token by which `key` is below `than`, and the interval: nats(than) - nats(key)."""
         x, y = self.keys.index(key), self.keys.index(than)
-        ci = None if self.drawn is None else _middle(self.drawn[:, y] - self.drawn[:, x])
+        ci = None if self.drawn is None else middle(self.drawn[:, y] - self.drawn[:, x])
         return float(self.nats[y] - self.nats[x]), ci
 
     def better(self, key: str, than: str) -> bool:
         """Whether `key` is below `than` beyond the interval; on the figure itself where there is none."""
         value, ci = self.less(key, than)
         return (value if ci is None else ci[0]) > NOTHING
+
+    def better_in(self, domain: int, key: str, than: str) -> bool:
+        """The same in one domain."""
+        x, y = self.keys.index(key), self.keys.index(than)
+        drawn = self.drawn_by_domain[domain]
+        nats = self.by_domain[domain]
+        return float(nats[y] - nats[x] if drawn is None else middle(drawn[:, y] - drawn[:, x])[0]) > NOTHING
 
 
 def _row(key: str) -> str:
@@ -143,22 +168,18 @@ def _table(rows: Mapping[str, Losses], texts: Sequence[Labelled]) -> _Table:
     domains = list(dict.fromkeys(text.domain for text in texts))
     number = np.array(document_numbers(texts))
     by_domain = np.zeros((len(domains), len(keys)))
-    drawn: Floats | None = np.zeros((ROUNDS, len(keys)))
+    found: list[Floats | None] = []
     for d, domain in enumerate(domains):
         mine = np.array([text.domain == domain for text in texts])
-        _, document = np.unique(number[mine], return_inverse=True)
-        tokens_M = np.bincount(document, weights=tokens_N[mine])
-        nats_MX = np.zeros((len(tokens_M), len(keys)))
-        np.add.at(nats_MX, document, nats_NX[mine])
-        by_domain[d] = nats_MX.sum(0) / tokens_M.sum()
-        if len(tokens_M) < 2:
-            drawn = None
-        if drawn is not None:
-            # A seed per domain: domains of equal size would be drawn alike, and their errors would add up.
-            ratios = [(c @ nats_MX) / (c @ tokens_M)[:, None] for c in draws(len(tokens_M), seed=SEED + d)]
-            drawn += np.concatenate(ratios) / len(domains)
-    documents = len(set(number.tolist()))
-    return _Table(keys, domains, by_domain.mean(0), by_domain, drawn, documents, int(tokens_N.sum()))
+        by_domain[d] = nats_NX[mine].sum(0) / tokens_N[mine].sum()
+        # A seed per domain: domains of equal size would be drawn alike, and their errors would add up.
+        found.append(drawn(nats_NX[mine], tokens_N[mine], number[mine], SEED + d))
+    whole = [one for one in found if one is not None]
+    mean = sum(whole, np.zeros((ROUNDS, len(keys)))) / len(domains) if len(whole) == len(found) else None
+    pairs = {(text.domain, one) for text, one in zip(texts, number.tolist(), strict=True)}
+    counts = list(Counter(domain for domain, _ in pairs).values())
+    tokens = int(tokens_N.sum())
+    return _Table(keys, domains, by_domain.mean(0), by_domain, mean, found, sum(counts), min(counts), tokens)
 
 
 # ---------------------------------------------------------------- the gap
@@ -177,7 +198,11 @@ def _gap(table: _Table, key: str) -> dict[str, Any]:
         ppl = np.exp(nats)
         return float((ppl[r] - ppl[x]) / (ppl[r] - ppl[o]))
 
-    by_domain = {domain: closed(table.by_domain[i]) for i, domain in enumerate(table.domains)}
+    by_domain = {
+        # next to nothing divided by next to nothing can be any number
+        domain: closed(table.by_domain[i]) if table.better_in(i, "oracle", "random") else None
+        for i, domain in enumerate(table.domains)
+    }
     mean, ci, reason = closed(table.nats), None, None
     if mean is None:
         reason = (
@@ -189,9 +214,8 @@ def _gap(table: _Table, key: str) -> dict[str, Any]:
         # A ratio whose denominator may be 0 has no interval.
         reason = "no interval: random routing is not above the oracle in all draws"
     else:
-        drawn = table.drawn[table.drawn[:, r] - table.drawn[:, o] > NOTHING]
-        ppl = np.exp(drawn)
-        ci = _middle((ppl[:, r] - ppl[:, x]) / (ppl[:, r] - ppl[:, o]))
+        ppl = np.exp(table.drawn[table.drawn[:, r] - table.drawn[:, o] > NOTHING])
+        ci = middle((ppl[:, r] - ppl[:, x]) / (ppl[:, r] - ppl[:, o]))
     return {"mean": mean, "ci": ci, "by_domain": by_domain, "reason": reason}
 
 
@@ -207,14 +231,26 @@ def _verdict(table: _Table, gap: dict[str, Any], gap_embed: dict[str, Any] | Non
                 "each text's own expert is no better than the base here, but the router's mixture is: "
                 f"perplexity {router} against {base} (base) and {oracle} (oracle)"
             )
+        word = "nothing"
+        if table.better("base", "oracle"):
+            word = "nothing but harm"
+        elif oracle != base and table.less("oracle", "base")[0] > NOTHING:
+            word = "nothing beyond the interval"
+        helped = [d for i, d in enumerate(table.domains) if table.better_in(i, "oracle", "base")]
+        where = f"; they help in {', '.join(helped)}" if helped else ""
         return (
-            f"the experts add nothing on this text: perplexity {oracle} with each text's own expert, "
-            f"{base} of the base model"
+            f"the experts add {word} on this text: perplexity {oracle} with each text's own expert, "
+            f"{base} of the base model{where}"
         )
     if gap["mean"] is None:
         return (
             f"there is nothing for a router to gain on this text: perplexity {random} with random routing, "
             f"{oracle} with each text's own expert"
+        )
+    if not table.better("oracle", "random"):
+        return (
+            "what a router can gain on this text is within the interval: perplexity "
+            f"{random} with random routing, {oracle} with each text's own expert"
         )
     if not table.better("router", "random"):
         word = "worse than" if table.better("random", "router") else "no better than"
@@ -225,6 +261,15 @@ def _verdict(table: _Table, gap: dict[str, Any], gap_embed: dict[str, Any] | Non
     said = f"closes {_percent(gap)} of the gap between random and oracle routing"
     if gap_embed and gap_embed["mean"] is not None:
         said += f"; embed closes {_percent(gap_embed)}"
+    if dense := table.best_dense():
+        figures = f"perplexity {router} against {_p(table, dense)}"
+        if table.better("router", dense):
+            said += f"; {figures} of the best dense model ({dense})"
+        else:
+            word = "is worse" if table.better(dense, "router") else "is no better"
+            said += f", but {word} than the best dense model ({dense}): {figures}"
+    if "uniform" in table.keys and table.better("uniform", "router"):
+        said += f"; all experts with equal weights do better: perplexity {_p(table, 'uniform')}"
     if table.better("router", "oracle"):
         return f"the router is better than the oracle, as a choice for every token can be: it {said}"
     return f"the router {said}"
@@ -236,13 +281,16 @@ def _p(table: _Table, key: str) -> str:
 
 def _percent(gap: dict[str, Any]) -> str:
     """83 % [79, 87]"""
-    ci = f" [{100 * gap['ci'][0]:.0f}, {100 * gap['ci'][1]:.0f}]" if gap["ci"] else ""
-    return f"{100 * gap['mean']:.0f} %{ci}"
+    ci = f" [{_hundredths(gap['ci'][0])}, {_hundredths(gap['ci'][1])}]" if gap["ci"] else ""
+    return f"{_hundredths(gap['mean'])} %{ci}"
 
 
-def _middle(samples: Floats) -> Interval:
-    low, high = np.quantile(samples, [(1 - SHARE) / 2, (1 + SHARE) / 2])
-    return float(low), float(high)
+def _hundredths(share: float) -> str:
+    """0.83 -> 83. What is less than all gets a digit more before it reads 100."""
+    text = f"{100 * share:.0f}"
+    if share < 1 and text == "100":
+        text = f"{100 * share:.1f}"
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 # ---------------------------------------------------------------- where it matters

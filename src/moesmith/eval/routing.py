@@ -2,7 +2,10 @@
 
 The label of a text is the expert that it belongs to, -1 for none. Everything is counted per token over the
 routing weights of the plain model, normalised to sum 1 per token; top-1 is the expert with the largest
-weight, of equal ones the first. Padding never counts. Chance is 1/E for accuracy and share, K/E for in_top_k.
+weight, of equal ones the first. Padding never counts.
+
+Accuracy, share and in_top_k are means over the labels that occur, so that an expert with ten times the text
+does not decide them: for routing that knows nothing they are 1/E, 1/E and K/E on average, whatever the text.
 """
 
 # N texts, B of them in a batch, S positions, T tokens of a batch without padding, K experts per token,
@@ -26,9 +29,11 @@ from moesmith.data.pieces import row_numbers
 from moesmith.errors import UserError
 from moesmith.models.layers import MoELayer, submodule
 
-from .bootstrap import ratio_interval
+from .bootstrap import ROUNDS, SEED, SHARE, Interval, draws
 from .divergence import PIECE, batches, check_documents, logits
 from .routed import Choose, moe_text_layers, needs_labels, routed, set_labels
+
+Floats = NDArray[np.float64]
 
 Losses = list[tuple[float, int]]
 """Per text: nats summed over its predicted tokens, and how many these are."""
@@ -124,7 +129,9 @@ def measure_routing(
     Returns:
         plain data; `layers` in order, the rest pooled over all layers. Figures that need a label are None
         where no text has one; texts without a label count in `load` and `entropy` only. `majority` is the
-        share of documents whose most used expert is their label's; pieces of one row are one document.
+        share of documents whose most used expert is their label's; pieces of one row are one document. The
+        row of a label without text in `confusion` is all None. `accuracy_ci` is None where a label has a
+        single document.
 
     Raises:
         UserError: no texts, a label or a number of experts that does not fit the model, weights that are not
@@ -164,8 +171,8 @@ class _Counts:
         self.top1 = torch.zeros(texts, num_experts, dtype=torch.int64)
         self.mass = torch.zeros(texts, num_experts, dtype=torch.float64)
         self.in_top_k = torch.zeros(texts, dtype=torch.int64)
-        self.hits = torch.zeros(bins, dtype=torch.int64)
-        """(P,) labelled tokens whose top-1 is the label, by position"""
+        self.hits = torch.zeros(bins, num_experts, dtype=torch.int64)
+        """(P, E) labelled tokens whose top-1 is the label, by position and label"""
 
 
 class _Watch:
@@ -220,7 +227,8 @@ class _Watch:
             counts.top1.index_put_((self._text_T, top1_T), one_T, accumulate=True)
             in_top_k_T = (index_TK == label_T[:, None]).any(1).long()
             counts.in_top_k.index_add_(0, self._text_T, in_top_k_T)
-            counts.hits.index_add_(0, self._bin_T, (top1_T == label_T).long())
+            hit_T = top1_T == label_T
+            counts.hits.index_put_((self._bin_T[hit_T], label_T[hit_T]), one_T[hit_T], accumulate=True)
 
         return hook
 
@@ -256,18 +264,28 @@ class _Watch:
     def _figures(self, top1: Tensor, mass: Tensor, in_top_k: Tensor, layers: int) -> dict[str, Any]:
         """Agreement with the labels: top1 and mass (N, E), in_top_k (N,), summed over so many layers."""
         mine = self.label >= 0
-        label, routed_tokens = self.label[mine], int(self.length[mine].sum()) * layers
-        if not routed_tokens:
+        label = self.label[mine]
+        if not len(label):
             return dict.fromkeys(("accuracy", "share", "in_top_k", "majority", "confusion"))
+        routed_E = torch.zeros(self.num_experts, dtype=torch.float64)
+        routed_E.index_add_(0, label, layers * self.length[mine].double())
+        there = routed_E > 0
+
+        def mean(values_n: Tensor) -> float:
+            """Of the labels' shares, from sums per text."""
+            return float((torch.zeros_like(routed_E).index_add_(0, label, values_n) / routed_E)[there].mean())
+
         confusion = torch.zeros(self.num_experts, self.num_experts, dtype=torch.float64)
         confusion.index_add_(0, label, top1[mine].double())
-        confusion /= confusion.sum(1, keepdim=True).clamp_min(1)
         return {
-            "accuracy": int(top1[mine].gather(1, label[:, None]).sum()) / routed_tokens,
-            "share": float(mass[mine].gather(1, label[:, None]).sum()) / routed_tokens,
-            "in_top_k": int(in_top_k[mine].sum()) / routed_tokens,
+            "accuracy": mean(top1[mine].gather(1, label[:, None])[:, 0].double()),
+            "share": mean(mass[mine].gather(1, label[:, None])[:, 0]),
+            "in_top_k": mean(in_top_k[mine].double()),
             "majority": self._majority(top1),
-            "confusion": confusion.tolist(),
+            "confusion": [
+                (row / total).tolist() if total else [None] * self.num_experts
+                for row, total in zip(confusion, routed_E.tolist(), strict=True)
+            ],
         }
 
     def _documents(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -282,27 +300,63 @@ class _Watch:
         uses.index_add_(0, torch.from_numpy(number), top1[self.label >= 0])
         return float((uses.argmax(1).numpy() == label).mean())
 
-    def _accuracy_interval(self, top1: Tensor) -> tuple[float, float] | None:
+    def _accuracy_interval(self, top1: Tensor) -> Interval | None:
         mine = self.label >= 0
-        if not bool(mine.any()):
-            return None
+        label = self.label[mine].numpy()
         number, _ = self._documents()
-        hits = top1[mine].gather(1, self.label[mine][:, None])[:, 0].numpy()
-        tokens = self.length[mine].numpy() * len(self.layers)
-        return ratio_interval(np.bincount(number, weights=hits), np.bincount(number, weights=tokens))
+        hits = top1[mine].gather(1, self.label[mine][:, None]).numpy().astype(np.float64)
+        tokens = self.length[mine].numpy() * float(len(self.layers))
+        found = [
+            drawn(hits[label == e], tokens[label == e], number[label == e], SEED + int(e))
+            for e in np.unique(label)
+        ]
+        whole = [one for one in found if one is not None]
+        if not whole or len(whole) < len(found):
+            return None
+        return middle(np.mean(whole, axis=0)[:, 0].clip(0, 1))
 
     def _positions(self) -> list[dict[str, Any]]:
         """Accuracy of the labelled tokens in each bin of positions, over all layers; empty bins left out."""
-        lengths = self.length[self.label >= 0].tolist()
-        hits = torch.stack([counts.hits for counts in self.counts]).sum(0).tolist()
+        mine = self.label >= 0
+        length, label = self.length[mine], self.label[mine]
+        longest = int(length.max()) if len(length) else 0
+        hits = torch.stack([counts.hits for counts in self.counts]).sum(0)
         found = []
-        for start, end, hit in zip(self.edges, [*self.edges[1:], max(lengths, default=0)], hits, strict=True):
-            tokens = sum(max(0, min(length, end) - start) for length in lengths)
-            if tokens:
-                accuracy = hit / (tokens * len(self.layers))
-                last = min(end, max(lengths)) - 1
-                found.append({"from": start, "to": last, "accuracy": accuracy, "tokens": tokens})
+        for number, (start, end) in enumerate(zip(self.edges, [*self.edges[1:], longest], strict=True)):
+            tokens_E = torch.zeros(self.num_experts, dtype=torch.int64)
+            tokens_E.index_add_(0, label, (length.clamp(max=end) - start).clamp(min=0))
+            there = tokens_E > 0
+            if there.any():
+                accuracy = (hits[number][there] / (tokens_E[there] * len(self.layers))).double().mean()
+                tokens = int(tokens_E.sum())
+                last = min(end, longest) - 1
+                found.append({"from": start, "to": last, "accuracy": float(accuracy), "tokens": tokens})
         return found
+
+
+def drawn(values_NX: Floats, weights_N: Floats, document_N: NDArray[np.int64], seed: int) -> Floats | None:
+    """sum(values) / sum(weights) of resampled documents, (W, X); None for fewer than two.
+
+    A bootstrap of M documents has (M - 1) / M of the variance that it should have, half of it for two, so
+    deviations from the ratio of all are widened by sqrt(M / (M - 1)).
+    """
+    document = np.unique(document_N, return_inverse=True)[1]
+    count = int(document.max()) + 1
+    if count < 2:
+        return None
+    values_MX, weights_M = np.zeros((count, values_NX.shape[1])), np.zeros(count)
+    np.add.at(values_MX, document, values_NX)
+    np.add.at(weights_M, document, weights_N)
+    ratios = np.concatenate([(c @ values_MX) / (c @ weights_M)[:, None] for c in draws(count, ROUNDS, seed)])
+    whole = values_MX.sum(0) / weights_M.sum()
+    widened: Floats = whole + (ratios - whole) * math.sqrt(count / (count - 1))
+    return widened
+
+
+def middle(samples: Floats) -> Interval:
+    """The 95 % interval of drawn values."""
+    low, high = np.quantile(samples, [(1 - SHARE) / 2, (1 + SHARE) / 2])
+    return float(low), float(high)
 
 
 def document_numbers(texts: Sequence[Labelled]) -> list[int]:

@@ -38,6 +38,8 @@ class Routers:
 
 def fit(parts: Parts, texts: Texts, state: Path, device: str) -> Routers:
     """The routers of the recipe's route. `state` is a folder to make, for what waits on disk."""
+    from moesmith.build.modes import repeat_rows
+
     started = time.perf_counter()
     state.mkdir()
     if parts.mode == "split":
@@ -48,7 +50,7 @@ def fit(parts: Parts, texts: Texts, state: Path, device: str) -> Routers:
     else:
         routers = fit_routers(parts, texts, state, device)
     if parts.group > 1:
-        routers.rows = [rows.repeat_interleave(parts.group, 0) for rows in routers.rows]
+        routers.rows = [repeat_rows(rows, parts.group) for rows in routers.rows]
     routers.seconds = time.perf_counter() - started
     return routers
 

@@ -103,6 +103,7 @@ def perplexity(
     model: Any, parts: Parts, judged: Judged, embed: Sequence[Tensor] | None, seed: int
 ) -> dict[str, Any]:
     """The decisive table: this model, its controls, the oracle, and every dense model."""
+    from moesmith.build.modes import repeat_rows
     from moesmith.eval.decisive import decisive
     from moesmith.eval.routed import Forced, by_rows, uniform
     from moesmith.eval.routing import losses
@@ -110,7 +111,7 @@ def perplexity(
     split = parts.mode == "split"
     choices: dict[str, Any] = {"router": None}
     if embed is not None and parts.route != "embed":
-        rows = [row.repeat_interleave(parts.group, 0).to(model.dtype) for row in embed]
+        rows = [repeat_rows(row, parts.group).to(model.dtype) for row in embed]
         choices["embed"] = by_rows(rows, parts.top_k)
     for n in range(RANDOM_SEEDS):
         choices[f"random {n}"] = by_rows(random_rows(model, parts, seed + n), parts.top_k)
@@ -140,6 +141,7 @@ def random_rows(model: Any, parts: Parts, seed: int) -> list[Tensor]:
     """Seeded router rows of the size of this model's own, so that only their direction is left to chance."""
     import torch
 
+    from moesmith.build.modes import repeat_rows
     from moesmith.models.layers import submodule, text_layers
 
     generator = torch.Generator().manual_seed(1_000_003 + seed)
@@ -148,7 +150,7 @@ def random_rows(model: Any, parts: Parts, seed: int) -> list[Tensor]:
         own: Tensor = submodule(model, layer.router).weight.detach()
         rows = torch.randn(parts.num_experts // parts.group, own.shape[1], generator=generator)
         rows *= (own.float() - own.float().mean(0)).norm() / (rows.norm() * parts.group**0.5)
-        found.append(rows.repeat_interleave(parts.group, 0).to(own.dtype))
+        found.append(repeat_rows(rows, parts.group).to(own.dtype))
     return found
 
 
@@ -168,10 +170,9 @@ def weigh(facts: dict[str, Any], texts: Any, same: bool, experts: int, why_not: 
         sentence = "Built; what its routing is worth was not measured."
         return {"level": "caution" if same else "info", "sentence": sentence, "points": points}
     said = table.get("verdict") or _against_base(table)
-    gap = (table.get("gap_closed") or {}).get("ci")
-    better = bool(gap and gap[0] > 0) and "add nothing" not in said
-    level = "caution" if same or not texts.held_out or not better else "safe"
-    return {"level": level, "sentence": f"{said[:1].upper()}{said[1:]}.", "points": points}
+    worth = table["useful"] and texts.held_out and not same
+    level = {"level": "safe", "word": "Works"} if worth else {"level": "caution"}
+    return {**level, "sentence": f"{said[:1].upper()}{said[1:]}.", "points": points}
 
 
 def _against_base(table: dict[str, Any]) -> str:

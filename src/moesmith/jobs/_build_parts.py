@@ -235,7 +235,7 @@ def say_parts(parts: Parts, translated: list[str], nbytes: int) -> None:
     if parts.mode == "split":
         console.row("experts", f"{parts.num_experts} slices of each FFN")
     else:
-        of = f" x {parts.group} of a {parts.group}th each" if parts.group > 1 else ""
+        of = f" x {parts.group}, each 1/{parts.group} of an FFN" if parts.group > 1 else ""
         console.row("experts", f"{len(names)}{of}: {', '.join(names)}")
     kind = architecture(parts.config)
     shared = " · one shared expert" if parts.shared else ""

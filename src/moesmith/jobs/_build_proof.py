@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesmith import console
 from moesmith.errors import UserError
+from moesmith.jobs._build_parts import EXACT
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,13 @@ def reference(parts: Parts, ids: list[int], dtype: torch.dtype, device: str) -> 
                     linear.weight.data = matrix.to(device=linear.weight.device, dtype=dtype)
             with _beside(model, parts, dtype):
                 found.append(_logits(model, ids))
+            if not found[-1].isfinite().all():
+                raise UserError(
+                    f"{parts.recipe.experts[entry].name}: the base with the FFNs of "
+                    f"{parts.sources[entry].name} gives NaN or infinite logits",
+                    f"its weights are damaged, or those of {parts.base.name}, or their numbers too large for "
+                    f"{str(parts.dtype).removeprefix('torch.')}; nothing was kept",
+                )
             bar.advance()
     return found
 
@@ -112,7 +120,8 @@ def _what(parts: Parts) -> str:
     alone = "each group of experts alone" if parts.group > 1 else "each expert alone"
     if parts.exact:
         return f"{alone} == its source's FFNs in the base"
-    return f"{alone} against its source's FFNs in the base (changed on purpose by init {parts.recipe.init})"
+    by = f"init {parts.recipe.init}" if parts.mode not in EXACT else "noise_scale"
+    return f"{alone} against its source's FFNs in the base (changed on purpose by {by})"
 
 
 def _bits_kept(parts: Parts) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesmith import console
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from moesmith.data.corpora import Counts, Document, Source
     from moesmith.data.rows import Row
 
-LEAST_DOCUMENTS = 2
+LEAST_DOCUMENTS = 8  # of a domain to judge on, even where their tokens are more than was asked for
+COPY = "copy of an earlier row"  # as the corpora count it
+NAMES = 4  # of experts in one line
 MIN_HELD_OUT = 8  # tokens of a document that is worth judging on
 
 
@@ -52,7 +55,7 @@ class Texts:
     def to_judge(self, tokens: int) -> list[tuple[int, Document]]:
         """(place, document) of the held-out text, or of all: of every domain its share of about `tokens`.
 
-        Two documents of each at least, where there are: with one there is no interval.
+        At least LEAST_DOCUMENTS of each, where there are: fewer make no interval to speak of.
         """
         start = self.fit if self.held_out else 0
         domains: dict[str, list[tuple[int, Document]]] = {}
@@ -74,17 +77,18 @@ def check_there(recipe: Recipe) -> None:
     """Raise UserError for a corpus that is neither here nor a hub name, or that two experts share."""
     from moesmith.data import corpora
 
-    owner: dict[str, str] = {}
+    owner: dict[Path, str] = {}
     for expert in recipe.experts:
         name = str(expert.name)
         for path in expert.corpus:
             corpora.check_there({name: path})
-            if owner.get(path, name) != name:
+            place = Path(path).expanduser().resolve()  # a hub name becomes a path like any other
+            if owner.get(place, name) != name:
                 raise UserError(
-                    f"{owner[path]} and {name} have the same corpus: {path}",
+                    f"{owner[place]} and {name} have the same corpus: {path}",
                     "text tells experts apart only where it is another for each",
                 )
-            owner[path] = name
+            owner[place] = name
 
 
 def read_texts(recipe: Recipe, tokenizer: Any, max_length: int, tokens: int, held_out: float) -> Texts:
@@ -113,14 +117,17 @@ def _texts_of(recipe: Recipe, tokenizer: Any, max_length: int, tokens: int, held
         sources += found
     corpora = [str(expert.name) for expert in recipe.experts if expert.corpus]
     whole = len(corpora) == len(recipe.experts)
-    notes = []
+    notes = [
+        f"{count.dropped[COPY]:,} of {count.read:,} rows of {name} are copies of earlier ones: experts with "
+        "the same text cannot be told apart"
+        for name, count in counts.items()
+        if 2 * count.dropped[COPY] >= count.read
+    ]
     if whole and held_out:
         hold_out(sources, held_out)
     elif counts:
         bare = [name for name in counts if name not in corpora]
-        why = (
-            f"{', '.join(bare)} ha{'s' if len(bare) == 1 else 've'} prompts only" if bare else "--held-out 0"
-        )
+        why = f"{some(bare)} ha{'s' if len(bare) == 1 else 've'} prompts only" if bare else "--held-out 0"
         notes.append(
             f"nothing is held out ({why}): every figure is on the text that the routers were fitted to"
         )
@@ -130,7 +137,7 @@ def _texts_of(recipe: Recipe, tokenizer: Any, max_length: int, tokens: int, held
     if whole and held_out:
         unjudged = [name for name in corpora if all(d.domain != name for d in unseen)]
         if unjudged:
-            notes.append(f"no text of {', '.join(unjudged)} is left to judge on: more rows are wanted")
+            notes.append(f"no text of {some(unjudged)} is left to judge on: more rows are wanted")
     check_enough(used, corpora)
     label = {str(expert.name): n for n, expert in enumerate(recipe.experts)}
     if recipe.init == "split":
@@ -147,6 +154,12 @@ def _texts_of(recipe: Recipe, tokenizer: Any, max_length: int, tokens: int, held
         origin,
         notes,
     )
+
+
+def some(names: Sequence[str]) -> str:
+    """All names, or the first of many and how many more there are."""
+    more = len(names) - NAMES
+    return ", ".join(names) if more < 2 else f"{', '.join(names[:NAMES])} and {more} others"
 
 
 def _two_sides(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from moesmith.jobs._build_parts import Parts
     from moesmith.jobs._build_text import Texts
     from moesmith.jobs.build import Config, Made
+
+
+COLUMNS = 8  # of domains in the table on a terminal
 
 
 def record(parts: Parts, texts: Texts, routers: Routers, made: Made, nbytes: int) -> dict[str, Any]:
@@ -127,7 +131,9 @@ def write_papers(folder: Path, cfg: Config, parts: Parts, texts: Texts, facts: d
     saved = save_record(folder, cfg, facts)
     save_recipe(parts.recipe, folder / RECIPE)
     name = cfg.out.name or str(cfg.out)
-    write_report(folder, report_facts(cfg, parts, texts, saved, name))
+    with warnings.catch_warnings():  # a name in letters that the figures' font lacks: the tables have it
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        write_report(folder, report_facts(cfg, parts, texts, saved, name))
     (folder / "README.md").write_text(card(cfg, parts, saved, name), encoding="utf-8")
 
 
@@ -265,8 +271,7 @@ def say_result(cfg: Config, parts: Parts, facts: dict[str, Any]) -> None:
     console.row("verdict", facts["verdict"]["sentence"])
     console.row(
         "written",
-        f"{cfg.out} ({console.size(build['bytes'])}: {console.size(build['bytes_made'])} made, the rest "
-        f"copied byte for byte) · "
+        f"{cfg.out} ({console.size(build['bytes'])}: {made_words(build)}) · "
         f"report: {cfg.out / 'report.html'}",
     )
     steps = [f"{name} {console.duration(seconds[name])}" for name in seconds if name != "all"]
@@ -285,6 +290,13 @@ def say_result(cfg: Config, parts: Parts, facts: dict[str, Any]) -> None:
         f"moesmith quantize {out} --out {shlex.quote(str(cfg.out) + '-nf4')}",
         f"moesmith sft examples/sft.yaml --model {out}",
     )
+
+
+def made_words(build: dict[str, Any]) -> str:
+    """What of the written bytes stood in the sources."""
+    if not build["bytes_copied"]:
+        return f"all made, since the sources are not in {build['dtype']}"
+    return f"{console.size(build['bytes_made'])} made, the rest copied byte for byte"
 
 
 def say_routing(parts: Parts, routing: dict[str, Any]) -> None:
@@ -324,8 +336,8 @@ def say_split(split: dict[str, Any]) -> None:
 
 
 def say_table(table: dict[str, Any]) -> None:
-    """Perplexity of every row, by domain."""
-    domains = table["domains"]
+    """Perplexity of every row, by domain; of many domains the mean alone, the report has them."""
+    domains = table["domains"] if len(table["domains"]) <= COLUMNS else []
     console.say()
     console.table(
         ("perplexity", "mean", "95 %", *domains),

@@ -5,14 +5,23 @@ it, LoRA adapters, or the base itself. Their FFNs are copied byte for byte into 
 (or, for Gemma, one of ours). Every layer gets a router, fitted to what that layer reads on each expert's own
 text. Then it is proved that each expert alone is what its source is, and measured where tokens go and what
 that is worth in perplexity. One layer is in memory at a time; the folder appears whole or not at all.
+
+A recipe is a YAML file like
+
+    base_model: MODEL
+    experts:
+      - {source_model: MODEL-CODE, corpus: code.jsonl}
+      - {source_model: MODEL-MATH, corpus: math.jsonl}
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -61,7 +70,7 @@ class Config(JobConfig):
     """Of what is written, instead of what the recipe says."""
     output: str | None = None
     """model_type of the result, instead of what the recipe says."""
-    seed: int | None = None
+    seed: int | None = pydantic.Field(None, ge=0, lt=1 << 32)
     """Of everything that is drawn, instead of what the recipe says."""
     tokens: int = pydantic.Field(20_000, ge=64)
     """Tokens to take of each expert's corpus, those held out included."""
@@ -90,7 +99,6 @@ def check(cfg: Config) -> None:
     for expert in recipe.experts:
         if expert.adapter is not None and not Path(expert.adapter).expanduser().is_dir():
             raise no_such_file(expert.adapter, f"adapter of {expert.name}")
-    check_place(cfg.out, None, cfg.overwrite)
     for model in sorted(models):
         check_place(cfg.out, local_folder(model), cfg.overwrite)
 
@@ -104,12 +112,10 @@ def read(cfg: Config) -> tuple[Recipe, list[str]]:
 
 
 def run(cfg: Config) -> None:
-    from moesmith.jobs._build_fit import fit
     from moesmith.jobs._build_parts import any_split, open_parts, placeholder, say_parts
     from moesmith.jobs._build_text import read_texts, say_texts
-    from moesmith.jobs._build_words import record, say_result, write_papers
-    from moesmith.jobs._folder import check_space, finish_folder, start_folder
-    from moesmith.jobs._memory import PeakMemory
+    from moesmith.jobs._build_words import say_result
+    from moesmith.jobs._folder import check_space
 
     started = time.perf_counter()
     recipe, translated = read(cfg)
@@ -121,7 +127,24 @@ def run(cfg: Config) -> None:
     say_texts(texts)
     check_space(cfg.out, nbytes + state_bytes(parts, texts), "the new model")
 
-    temporary = start_folder(cfg.out)
+    with unfinished(cfg.out) as temporary:
+        facts = build(cfg, parts, texts, nbytes, temporary, started)
+    say_result(cfg, parts, facts)
+    console.emit({"out": str(cfg.out), "report": str(cfg.out / "report.html"), **facts})
+
+
+# ---------------------------------------------------------------- steps
+
+
+def build(
+    cfg: Config, parts: Parts, texts: Texts, nbytes: int, temporary: Path, started: float
+) -> dict[str, Any]:
+    """Everything that is written, then its name; returns what the record says."""
+    from moesmith.jobs._build_fit import fit
+    from moesmith.jobs._build_words import record, write_papers
+    from moesmith.jobs._folder import finish_folder
+    from moesmith.jobs._memory import PeakMemory
+
     try:
         made = Made()
         with PeakMemory() as peak:
@@ -140,11 +163,33 @@ def run(cfg: Config) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finish_folder(temporary, cfg.out)
-    say_result(cfg, parts, facts)
-    console.emit({"out": str(cfg.out), "report": str(cfg.out / "report.html"), **facts})
+    return facts
 
 
-# ---------------------------------------------------------------- steps
+@contextmanager
+def unfinished(out: Path) -> Iterator[Path]:
+    """`start_folder`, and inside no other build has it: two would clear away or mix each other's files.
+
+    The marker in the folder is locked by the process, so that what a killed build left is free.
+
+    Raises:
+        UserError: another build is writing there.
+    """
+    from moesmith.jobs._folder import INCOMPLETE, start_folder
+
+    marker = out.resolve().with_name(f"{out.resolve().name}.tmp") / INCOMPLETE
+    if marker.is_file():
+        with marker.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another build is writing {out}", "wait for it, or choose another --out"
+                ) from None
+    temporary = start_folder(out)
+    with marker.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield temporary
 
 
 @dataclass

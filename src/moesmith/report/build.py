@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import build_charts
-from .build_charts import grouped
+from .build_charts import DIGITS, grouped
 from .build_made import made
 from .markup import Html, join, tag
 from .parts import (
@@ -30,7 +30,11 @@ from .theme import NARROW, STAND_INS, WIDE, viridis
 from .values import NONE, figure, figures, items, mapping, number, pair, percent, records, short_list
 
 MOVED = 0.05  # accuracy lost from the fit to the model that is worth a sentence
+FEW = 10  # documents of a domain below which its interval is too narrow to be taken at its word
 BESIDE = 8  # experts up to which the matrix and the map stand side by side
+
+
+SAME = "All experts are the same, so every router gives the dense model: there is nothing to route yet."
 
 
 def sections(facts: dict[str, Any]) -> list[Section]:
@@ -46,12 +50,13 @@ def perplexity(build: dict[str, Any], opening: dict[str, Any]) -> Section | None
     wide = build_charts.perplexity(found, STAND_INS, WIDE)
     narrow = build_charts.perplexity(found, STAND_INS, NARROW)
     rows = [row for _, rows in grouped(found) for row in rows]
-    named = "; ".join(f"{row.get('name', '?')} {number(row.get('mean'))}" for row in rows)
+    named = "; ".join(f"{row.get('name', '?')} {number(row.get('mean'), DIGITS)}" for row in rows)
     alt = f"Perplexity of {len(rows)} ways to route and models, lower is better: {named}."
     kinds = {kind for kind, _ in grouped(found)}
     said = whole(found.get("verdict"))
     said = said if said != whole(opening.get("sentence")) else None
-    closed = _closed(found) if "oracle" in kinds and "of the gap" not in (said or "") else None
+    same = build.get("identical") is True
+    closed = _closed(found) if "oracle" in kinds and "of the gap" not in (said or "") and not same else None
     text = [
         f"{number(found[key])} {key}" for key in ("documents", "tokens") if figure(found.get(key)) is not None
     ]
@@ -63,6 +68,7 @@ def perplexity(build: dict[str, Any], opening: dict[str, Any]) -> Section | None
         "Shaded: the gap between random routing and the oracle, which knows each text's label."
         if gap
         else None,
+        _few(found),
     ]
     domains = build_charts.gap_by_domain(build, STAND_INS)
     words = " ".join(filter(None, reading))
@@ -70,7 +76,7 @@ def perplexity(build: dict[str, Any], opening: dict[str, Any]) -> Section | None
         _by_domain(found),
         shown(
             chart(domains, "gap-domains", "Share of the gap closed in each domain."),
-            "100 % is the oracle, 0 % random routing.",
+            "100 % is the oracle, 0 % random routing; no share where these two are not surely apart.",
             "Gap closed by domain",
         ),
     ]
@@ -81,12 +87,22 @@ def perplexity(build: dict[str, Any], opening: dict[str, Any]) -> Section | None
         "Do the experts help, and does the router find them?"
         if "oracle" in kinds
         else "What is it worth, against other routing and the dense model?",
-        sentence(said, closed, _same(build)),
+        sentence(said, closed, SAME if same else None),
         chart(wide, "perplexity", alt, "wide"),
         chart(narrow, "perplexity-narrow", alt, "narrow"),
         hint(words) if words and wide else None,
         tag("div", tables, class_="row" if few else None) if any(tables) else None,
     )
+
+
+def _few(perplexity: dict[str, Any]) -> str | None:
+    """That intervals over so few documents are not to be taken at their word."""
+    fewest = figure(perplexity.get("fewest"))
+    if fewest is None or fewest >= FEW:
+        return None
+    documents = "a single document" if fewest <= 1 else f"{number(int(fewest))} documents"
+    why = "which has no interval" if fewest <= 1 else "so the intervals are narrower than they should be"
+    return f"One domain has {documents}, {why}: judge on more text before you rely on small differences."
 
 
 def _text(build: dict[str, Any]) -> str:
@@ -116,12 +132,6 @@ def _closed(perplexity: dict[str, Any]) -> str | None:
     return f"No share of a gap can be given: {reason.rstrip('.')}." if reason else None
 
 
-def _same(build: dict[str, Any]) -> str | None:
-    if build.get("identical") is not True:
-        return None
-    return "All experts are the same, so every router gives the dense model: there is nothing to route yet."
-
-
 def _by_domain(perplexity: dict[str, Any]) -> Html | None:
     """Rows by domains; the tint says how far a figure is above the best of its column."""
     groups = grouped(perplexity)
@@ -134,14 +144,14 @@ def _by_domain(perplexity: dict[str, Any]) -> Html | None:
         for name in dict.fromkeys(named)
         if (there := [value for row in rows if (value := figure(row.get(name))) is not None])
     }
-    names = ["perplexity", "all", *best]
+    names = ["perplexity", "all", *(build_charts.label(name, 32) for name in best)]
     body = []
     for kind, found in groups:
         for index, row in enumerate(found):
-            own = kind == "router" and index == 0
+            own, name = kind == "router" and index == 0, build_charts.label(row.get("name", "?"), 60)
             cells = [
-                tag("th", tag("b", row.get("name", "?")) if own else row.get("name", "?"), scope="row"),
-                tag("td", with_interval(number(row.get("mean")), row.get("mean_ci")), class_="whole"),
+                tag("th", tag("b", name) if own else name, scope="row"),
+                tag("td", with_interval(_ppl(row.get("mean")), row.get("mean_ci"), _ppl), class_="whole"),
                 [_shaded(figure(mapping(row.get("by_domain")).get(d)), low) for d, low in best.items()],
             ]
             body.append(tag("tr", cells, class_="group" if index == 0 and len(groups) > 1 else None))
@@ -165,7 +175,12 @@ def _shaded(value: float | None, best: float) -> Html:
     over = max(value / best - 1, 0.0) if value is not None and best > 0 else 0.0
     top = value is not None and value == best
     style = f"--tone:var(--warm);--v:{min(52 * over, 52):.0f}%"
-    return tag("td", number(value), class_="best" if top else None, style=style)
+    return tag("td", _ppl(value), class_="best" if top else None, style=style)
+
+
+def _ppl(value: Any) -> str:
+    """One digit more than other figures: rows that differ by a percent should not read the same."""
+    return number(value, DIGITS)
 
 
 def routing(build: dict[str, Any]) -> Section | None:
@@ -193,12 +208,7 @@ def routing(build: dict[str, Any]) -> Section | None:
             f"Layer {names[high]} tells the experts apart best, {percent(values[high])}; "
             f"layer {names[low]} least, {percent(values[low])}."
         )
-    majority = figure(found.get("majority"))
-    texts = (
-        f"In {percent(majority)} of the texts the most used expert is the label's."
-        if majority is not None
-        else None
-    )
+    texts = _majority(found)
     positions = build_charts.positions(build, STAND_INS)
     pictures = [
         shown(
@@ -222,30 +232,52 @@ def routing(build: dict[str, Any]) -> Section | None:
     held_out = found.get("held_out")
     seen = f"All figures are of {tokens} that the routers were fitted on: on other text they are worse."
     text = f"On {tokens} that no router was fitted on." if held_out else None
+    means = "Means over the labels." if mean is not None else None
     thin = "Thick: as it is in the model. Others: as fitted, on what the base's FFNs read." if wide else None
     return section(
         "routing",
         "Routing",
         "At which depth can routing tell the experts apart?",
-        sentence(said, _moved(rows, str(build.get("route"))), more, texts),
+        sentence(said, _moved(found, str(build.get("route"))), more, texts),
         tag("p", tag("b", "Not held out."), f" {seen}", class_="warning") if held_out is False else None,
         chart(wide, "depth", alt, "wide"),
         chart(narrow, "depth-narrow", alt, "narrow"),
-        hint(join(" ".join(filter(None, [text, thin])), " ", to_table("t-layers"))),
+        hint(join(" ".join(filter(None, [text, means, thin])), " ", to_table("t-layers"))),
         tag("div", pictures, class_="row") if any(pictures) else None,
     )
 
 
-def _moved(rows: Sequence[dict[str, Any]], route: str) -> str | None:
-    """How much of the fitted accuracy is lost in the model, where experts change what later layers read."""
+def _majority(routing: dict[str, Any]) -> str | None:
+    """In how many documents the label's expert is the most used one; counted where the count is known."""
+    majority, documents = figure(routing.get("majority")), figure(routing.get("documents"))
+    if majority is None:
+        return None
+    share = (
+        f"{round(majority * documents):,} of {documents:,.0f} documents" if documents else percent(majority)
+    )
+    words = share if documents else f"{share} of the documents"
+    return f"In {words} the most used expert is the label's."
+
+
+def _moved(routing: dict[str, Any], route: str) -> str | None:
+    """How much of the fitted accuracy is lost in the model, where experts change what later layers read.
+
+    A fit leaves the first token of a text out, so the model's figure is taken without it too.
+    """
     pairs = [
         (own, fitted)
-        for row in rows
+        for row in records(routing.get("layers"))
         if (own := figure(row.get("accuracy"))) is not None
         and (fitted := figure(mapping(row.get("by_method")).get(route))) is not None
     ]
     own, fitted = (_mean([both[i] for both in pairs]) for i in range(2))
-    if own is None or fitted is None or fitted - own < MOVED:
+    if own is None or fitted is None:
+        return None
+    first, tokens = next(iter(records(routing.get("positions"))), {}), figure(routing.get("tokens"))
+    there, at_first = figure(first.get("tokens")), figure(first.get("accuracy"))
+    if first.get("to") == 0 and tokens and there and at_first is not None and tokens > there:
+        own = (own * tokens - at_first * there) / (tokens - there)
+    if fitted - own < MOVED:
         return None
     return (
         f"As fitted, on what the base's FFNs read, it was {percent(fitted)}: "
@@ -270,10 +302,11 @@ def load(build: dict[str, Any]) -> Section | None:
     rows = records(found.get("layers"))
     confusion = [figures(row) for row in items(found.get("confusion"))]
     names = expert_names(build, len(confusion))
+    unseen = _without_text(confusion)
     square = matrix(
         "Label (row) and first expert (column), % of the label's tokens",
         [build_charts.label(name, 24) for name in names],
-        confusion,
+        confusion if len(names) ** 2 <= build_charts.CELLS else None,
         lambda share: NONE if figure(share) is None else f"{100 * share:.0f}",
         diagonal=True,
     )
@@ -285,7 +318,7 @@ def load(build: dict[str, Any]) -> Section | None:
         "load",
         "Load",
         "Who gets whose tokens?" if square else "How evenly are the experts used?",
-        sentence(_mixed(confusion, names), _collapsed(rows, experts)),
+        sentence(_mixed(confusion, names), _collapsed(rows, experts, unseen), _unseen(unseen, names)),
         tag("div", square, heat, class_=row) if square or heat else None,
     )
 
@@ -343,16 +376,35 @@ def _mixed(confusion: Sequence[Sequence[float | None]], names: Sequence[str]) ->
     return f"Most often mixed up: {percent(value)} of the tokens of {label} go to {other} first."
 
 
-def _collapsed(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str | None:
-    """Experts with less than a tenth of an even share, by name and layer."""
+def _without_text(confusion: Sequence[Sequence[float | None]]) -> list[int]:
+    """Labels that no text was judged of, where others have text."""
+    empty = [i for i, row in enumerate(confusion) if not any(value is not None for value in row)]
+    return empty if len(empty) < len(confusion) else []
+
+
+def _unseen(unseen: Sequence[int], names: Sequence[str]) -> str | None:
+    if not unseen:
+        return None
+    named = short_list([names[label] for label in unseen])
+    return f"No text of {named} was judged, so nothing can be said of how it is found."
+
+
+def _collapsed(rows: Sequence[dict[str, Any]], names: Sequence[str], unseen: Sequence[int]) -> str | None:
+    """Experts with less than a tenth of an even share, by name and layer; one without text of its own need
+    not have more."""
     if not any(figures(row.get("load")) for row in rows):
         return None
     layers = build_charts.layer_names(rows)
     by_expert: dict[int, list[str]] = {}
     for layer, expert in build_charts.collapsed(rows):
-        by_expert.setdefault(expert, []).append(layers[layer])
+        if expert not in unseen:
+            by_expert.setdefault(expert, []).append(layers[layer])
     if not by_expert:
-        return "No expert has collapsed: each gets at least a tenth of an even share in every layer."
+        return (
+            None
+            if unseen
+            else "No expert has collapsed: each gets at least a tenth of an even share in every layer."
+        )
 
     def where(found: list[str]) -> str:
         if len(found) == len(rows):

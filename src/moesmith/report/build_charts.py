@@ -27,7 +27,9 @@ KINDS = {
     "source": ("dense models", "c1", "^"),
     "": ("others", "c5", "v"),
 }
+DIGITS = 4  # of a perplexity
 CELLS = 10_000  # a map of more is too large for a page
+MANY = 24  # domains up to which their gaps are drawn
 STEPS = 24  # colours of the load's scale
 COLLAPSED = 0.1  # of an even share: less than this and an expert is as good as unused
 
@@ -109,7 +111,7 @@ def _row(axes: Axes, row: dict[str, Any], y: float, colour: str, marker: str, in
     axes.plot([value], [y], marker=marker, color=colour, linestyle="none", markersize=8)
     right = max(value, ends[1]) if ends else value
     axes.annotate(
-        number(value),
+        number(value, DIGITS),
         (right, y),
         xytext=(9, 0),
         textcoords="offset points",
@@ -194,6 +196,8 @@ def shares(build: dict[str, Any], palette: dict[str, str]) -> Figure | None:
         (Line("share of the weight", [figure(row.get("share")) for row in rows]), ("chance, share", first)),
     ]
     found = [(line, level) for line, level in found if any(value is not None for value in line.values)]
+    if chosen is not None and chosen >= 1:  # all are chosen
+        found = [(line, level) for line, level in found if level[0] != "chance, top-k"]
     levels = [(words, value) for _, (words, value) in found if value is not None]
     lines = [line for line, _ in found]
     return by_layer(layer_names(rows), lines, "label's expert, %", palette, 100, (0, 105), levels=levels)
@@ -303,4 +307,6 @@ def gap_by_domain(build: dict[str, Any], palette: dict[str, str]) -> Figure | No
             if value is not None:
                 bounds = [100 * ends[0], 100 * ends[1]] if ends else None
                 rows.setdefault(label(domain, 24), []).append((name, 100 * value, bounds))
-    return intervals(list(rows.items()), "of the gap closed, %", 100, palette) if rows else None
+    if not 0 < len(rows) <= MANY:
+        return None
+    return intervals(list(rows.items()), "of the gap closed, %", 100, palette)

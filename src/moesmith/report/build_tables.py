@@ -15,8 +15,8 @@ def layers(facts: dict[str, Any]) -> Html | None:
     rows = records(mapping(mapping(facts.get("build")).get("routing")).get("layers"))
     others = build_charts.methods(rows)
     head = [
-        "layer", "first", "among the top-k", "share of the weight", "texts", "entropy of the load",
-        "least load", "most load", "temperature", *others,
+        "layer", "first", "among the top-k", "share of the weight", "documents, by majority",
+        "entropy of the load", "least load", "most load", "temperature", *others,
     ]  # fmt: skip
     body = []
     for name, row in zip(build_charts.layer_names(rows), rows, strict=True):
@@ -50,7 +50,12 @@ def positions(facts: dict[str, Any]) -> Html | None:
         for row in rows
     ]
     return (
-        table("Routing by place in the text", ["tokens", "first", "counted"], body, id="t-positions")
+        table(
+            "Routing by place in the text",
+            ["place", "label's expert first", "tokens"],
+            body,
+            id="t-positions",
+        )
         if body
         else None
     )

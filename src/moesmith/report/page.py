@@ -68,6 +68,7 @@ def _verdict(found: dict[str, Any]) -> Html | None:
     level = found.get("level")
     level = level if level in LEVELS else "info"
     sign, word = LEVELS[level]
+    word = found.get("word") or word
     points = found.get("points") if isinstance(found.get("points"), list) else []
     return tag(
         "div",

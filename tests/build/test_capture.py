@@ -73,6 +73,16 @@ def test_captured_is_hooked(family: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "state").iterdir())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_captured_on_a_gpu(family: str, tmp_path: Path) -> None:
+    folder, given = dense_models.save(family, tmp_path / "model"), texts()
+    here, there = (captured(folder, given, tmp_path / "state", device=d) for d in ("cpu", "cuda"))
+    for x, y in zip(here, there, strict=True):
+        assert y.is_cuda
+        torch.testing.assert_close(x, y.cpu(), rtol=1e-3, atol=1e-3)
+
+
 def test_in_bf16(tmp_path: Path) -> None:
     folder, given = dense_models.save("gemma2", tmp_path / "model"), texts()
     streamed = captured(folder, given, tmp_path / "state", dtype="bfloat16")

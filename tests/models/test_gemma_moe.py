@@ -146,6 +146,16 @@ def test_identical_experts_are_the_dense_model(kind, top_k):
     assert torch.equal(model.generate(tokens, **options), source.generate(tokens, **options))
 
 
+@pytest.mark.gpu
+def test_identical_experts_are_the_dense_model_on_a_gpu(kind):
+    source = dense(kind)
+    model = moe(kind, [source] * 4, top_k=2).to("cuda", torch.bfloat16)
+    source.to("cuda", torch.bfloat16)
+    with torch.no_grad():
+        expected, actual = (m(ids().to("cuda")).logits.float() for m in (source, model))
+    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05 * float(expected.std()))
+
+
 @contextmanager
 def forced(model: nn.Module, expert: int) -> Iterator[None]:
     """Every router gives all weight to one expert."""

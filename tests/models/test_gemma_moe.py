@@ -149,7 +149,7 @@ def test_identical_experts_are_the_dense_model(kind, top_k):
 @pytest.mark.gpu
 def test_identical_experts_are_the_dense_model_on_a_gpu(kind):
     source = dense(kind)
-    model = moe(kind, [source] * 4, top_k=2).to("cuda", torch.bfloat16)
+    model = moe(kind, [source] * E, top_k=2).to("cuda", torch.bfloat16)
     source.to("cuda", torch.bfloat16)
     with torch.no_grad():
         expected, actual = (m(ids().to("cuda")).logits.float() for m in (source, model))

@@ -337,8 +337,8 @@ def test_an_interrupted_build_leaves_nothing_under_its_name(models, tmp_path, ca
         else:
             patch.setattr(_build_proof, "prove", stop)
         build(capsys, path, "--out", tmp_path / "moe", *QUICK, status=130)
-    assert not (tmp_path / "moe").exists()
-    build(capsys, path, "--out", tmp_path / "moe", *QUICK)  # what was left behind is cleared away
+    assert not (tmp_path / "moe").exists() and not (tmp_path / "moe.tmp").exists()
+    build(capsys, path, "--out", tmp_path / "moe", *QUICK)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["moe", "recipe.yaml"]
 
 

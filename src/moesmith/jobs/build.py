@@ -159,7 +159,7 @@ def build(
         made.seconds["all"] = time.perf_counter() - started
         facts = record(parts, texts, routers, made, nbytes)
         write_papers(temporary, cfg, parts, texts, facts)
-    except (UserError, OSError):  # a full disk wants its space back, and a wrong model is of no use
+    except (UserError, OSError, KeyboardInterrupt):  # nothing can go on from here
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     finish_folder(temporary, cfg.out)

@@ -178,7 +178,8 @@ def show(tables: dict[str, Any], accuracy: dict[str, list[float]], depth: dict[s
     for name, table in tables.items():
         row = next(row for row in table["rows"] if row["key"] == "router")
         gap = table["gap_closed"]
-        closed = f"{gap['mean']:.0%}" + (f" [{gap['ci'][0]:.0%}, {gap['ci'][1]:.0%}]" if gap["ci"] else "")
+        closed = "–" if gap["mean"] is None else f"{gap['mean']:.0%}"
+        closed += f" [{gap['ci'][0]:.0%}, {gap['ci'][1]:.0%}]" if gap["ci"] else ""
         lines.append((row["mean"], name, row, closed))
     for row in next(iter(tables.values()))["rows"]:
         if row["key"] != "router":

@@ -18,7 +18,7 @@ FLOORS = {
     "config": 1, "console": 1, "ops": 1,
     "experts": 2,
     "models": 3, "data": 3,
-    "build": 4, "train": 4, "prune": 4, "eval": 4, "export": 4, "report": 4, "pairs": 4,
+    "build": 4, "train": 4, "prune": 4, "eval": 4, "export": 4, "report": 4, "pairs": 4, "serve": 4,
     "__init__": 4,  # the public names, for users and for jobs; `__version__` is for everyone
     "jobs": 5,
     "cli": 6, "__main__": 7,

@@ -35,12 +35,14 @@ FIRST = (
     "pairs",
     "loop",
     "chat",
+    "serve",
     "eval",
     "profile",
     "compare",
     "prune",
     "heal",
     "verify",
+    "export",
 )  # in the order one meets them; the others follow by name
 
 OUT_OF_MEMORY = (
@@ -105,6 +107,7 @@ def _main(argv: list[str]) -> int:
     if as_json and not getattr(job, "JSON", False):
         raise UserError(f"{name} has no --json output")
     from moesmith import config, console
+    from moesmith.jobs._lock import only_writer
 
     cfg = config.parse(job.Config, rest, positional=job.POSITIONAL)
     console.set_json(as_json)
@@ -112,7 +115,9 @@ def _main(argv: list[str]) -> int:
         if hasattr(job, "check"):
             job.check(cfg)
         _prepare(getattr(job, "SEAMS", True))
-        job.run(cfg)
+        looks_only = getattr(cfg, "dry_run", False) or getattr(cfg, "preview", False)
+        with only_writer(None if looks_only else getattr(cfg, "out", None)):
+            job.run(cfg)
     finally:
         console.set_json(False)
     return 0

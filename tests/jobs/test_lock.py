@@ -61,7 +61,7 @@ def test_the_output_holds_nothing_of_it_and_no_home_is_no_obstacle(tmp_path, mon
         assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
-    with only_writer(tmp_path / "out"), only_writer(None):
+    with only_writer(str(tmp_path / "out")), only_writer(None):
         pass
 
 

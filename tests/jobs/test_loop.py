@@ -185,6 +185,7 @@ PHASES = [
 # ---------------------------------------------------------------- all phases
 
 
+@pytest.mark.slow
 def test_the_whole_loop_with_a_model_that_really_answers(job, capsys, monkeypatch):
     status, out, err = run(job, capsys)
     assert status == 0, err

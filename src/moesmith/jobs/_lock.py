@@ -17,7 +17,7 @@ from moesmith.errors import UserError
 
 
 @contextmanager
-def only_writer(out: Path | None) -> Iterator[None]:
+def only_writer(out: str | Path | None) -> Iterator[None]:
     """Hold the lock of `out` while the block runs; nothing for a command that writes no folder.
 
     Raises:
@@ -45,10 +45,10 @@ def only_writer(out: Path | None) -> Iterator[None]:
         os.close(file)  # lets go of the lock
 
 
-def _lock_file(out: Path) -> int | None:
+def _lock_file(out: str | Path) -> int | None:
     """A file descriptor to lock; None where the file system offers none."""
     try:
-        name = hashlib.sha256(os.fsencode(out.expanduser().resolve())).hexdigest()[:32]
+        name = hashlib.sha256(os.fsencode(Path(out).expanduser().resolve())).hexdigest()[:32]
         folder = Path("~/.cache/moesmith/locks").expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         return os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

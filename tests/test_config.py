@@ -280,3 +280,17 @@ def test_a_file_whose_keys_are_no_flags_is_answered_without_dashes():
     with pytest.raises(UserError) as caught:
         config.validate(Whole, {"name": "n", "parts": [{"path": "fine"}, "path"]}, as_flags=False)
     assert caught.value.message == "parts[1]=path: wanted `key: value` lines"
+
+
+class Keyword(JobConfig):
+    for_: Literal["peft", "vllm"] = "peft"
+    """For whom."""
+
+
+def test_a_key_that_is_a_word_of_python_is_typed_without_its_underscore():
+    assert parse(Keyword, ["--for", "vllm"]).for_ == "vllm"
+    with pytest.raises(UserError, match="^for=gguf: choose from peft, vllm"):
+        parse(Keyword, ["--for", "gguf"])
+    with pytest.raises(UserError) as wrong:
+        parse(Keyword, ["--four", "vllm"])
+    assert "--for?" in (wrong.value.hint or "")

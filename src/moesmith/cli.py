@@ -199,7 +199,7 @@ def command_help(name: str) -> str:
             shown = section
             title = f"{section}: {section_help[section]}" if section_help.get(section) else f"{section}:"
             lines += ["", *textwrap.wrap(title, columns)]
-        lines += entry(f"--{key.name.replace('_', '-')}", _key_text(key))
+        lines += entry(config.flag(key.name), _key_text(key))
     if getattr(job, "JSON", False):
         lines += entry("--json", "the same facts for a program, on stdout")
     example = getattr(job, "EXAMPLE", None) or " ".join(["moesmith", name, *(p.upper() for p in positional)])

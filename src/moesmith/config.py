@@ -67,6 +67,11 @@ def keys(cls: type[JobConfig], prefix: str = "") -> Iterator[Key]:
             )
 
 
+def flag(name: str) -> str:
+    """How a key is typed: train.max_length is --train.max-length, and `for_`, a word Python keeps, is --for."""
+    return "--" + name.removesuffix("_").replace("_", "-")
+
+
 def sections(cls: type[JobConfig], prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted name, one-line help) of every section of `cls`."""
     for name, field in cls.model_fields.items():
@@ -187,8 +192,9 @@ def _take_flag(
     token: str, rest: list[str], known: dict[str, Key], cls: type[JobConfig], given: dict[str, Any]
 ) -> None:
     """Consume one `--flag` (and its value from `rest`) into `given`."""
-    flag, equals, inline = token[2:].partition("=")
-    name = flag.replace("-", "_")
+    typed, equals, inline = token[2:].partition("=")
+    name = typed.replace("-", "_")
+    name = name if name in known or f"{name}_" not in known else f"{name}_"  # see `flag`
     key = known.get(name) or _inside_dict(cls, name)
     if key is None:
         head, _, leaf = name.rpartition(".")
@@ -196,7 +202,7 @@ def _take_flag(
         if not equals and positive in known and bool in _parts(known[positive].annotation):
             given[positive] = False
             return
-        raise UserError(f"unknown key --{flag}", _did_you_mean(name, known))
+        raise UserError(f"unknown key --{typed}", _did_you_mean(name, known))
     parts = _parts(key.annotation)
     if equals:
         value = inline
@@ -204,7 +210,7 @@ def _take_flag(
         given[name] = True
         return
     elif not _has_value(rest):
-        raise UserError(f"--{flag} needs a value", key.help or None)
+        raise UserError(f"--{typed} needs a value", key.help or None)
     else:
         value = rest.pop(0)
     read = _read(value, key.annotation)
@@ -350,13 +356,14 @@ def _explain(problem: Any, cls: type[JobConfig], positional: Sequence[str]) -> t
         inside = [k for k in known.values() if k.required and k.name.startswith(name + ".")]
         if key is None and inside:  # a section that was left out whole
             name, key = inside[0].name, inside[0]
-        label = name.upper() if name in positional else f"--{name.replace('_', '-')}"
+        label = name.upper() if name in positional else flag(name)
         return f"missing {label}", (key.help or None) if key else None
     if problem["type"] == "extra_forbidden":
         return f"unknown key {name}", _did_you_mean(name, known)
     words = choices(key.annotation) if key else ()
     if words and problem["type"] in ("literal_error", "bool_type", "bool_parsing", "none_required"):
-        return f"{name}={_show(problem['input'])}: choose from {', '.join(words)}", None
+        shown = name.removesuffix("_")
+        return f"{shown}={_show(problem['input'])}: choose from {', '.join(words)}", None
     text = problem["msg"]
     text = text.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] in ("value_error", "assertion_error") and not name:
@@ -445,7 +452,7 @@ def _did_you_mean(name: str, known: dict[str, Key]) -> str:
         near = [leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1)]
     if not near:
         return "--help lists the keys"
-    return "did you mean " + " or ".join(f"--{n.replace('_', '-')}" for n in near[:3]) + "?"
+    return "did you mean " + " or ".join(map(flag, near[:3])) + "?"
 
 
 def no_such_file(path: str | Path, key: str | None = None) -> UserError:

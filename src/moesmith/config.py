@@ -68,7 +68,7 @@ def keys(cls: type[JobConfig], prefix: str = "") -> Iterator[Key]:
 
 
 def flag(name: str) -> str:
-    """How a key is typed: train.max_length is --train.max-length, and `for_`, a word Python keeps, is --for."""
+    """How a key is typed: train.max_length is --train.max-length; `for_`, a word of Python, is --for."""
     return "--" + name.removesuffix("_").replace("_", "-")
 
 

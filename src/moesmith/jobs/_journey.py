@@ -15,7 +15,7 @@ from typing import Any
 
 from moesmith.config import write_atomically
 from moesmith.errors import UserError
-from moesmith.jobs._memory import PeakMemory
+from moesmith.jobs._memory import PeakMemory, give_back
 from moesmith.train.folder import remove
 
 RESULTS = "results.json"
@@ -80,6 +80,7 @@ class Journey:
         self._before = {}  # what came after was made from what is about to change
         self.write({})
         started, cpu = time.perf_counter(), time.process_time()
+        give_back()
         with PeakMemory() as peak:
             facts = work()
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu

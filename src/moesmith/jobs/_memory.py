@@ -6,6 +6,9 @@ count.
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -63,3 +66,16 @@ def anonymous_memory() -> int:
     import psutil  # type: ignore[import-untyped]
 
     return psutil.Process().memory_info().rss
+
+
+def give_back() -> None:
+    """Return memory that nothing uses to the system.
+
+    The C library keeps what it has freed: after three training steps of a 135M model that was 1.0 of 1.5 GB,
+    and the next phase of the same process took its own on top.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)

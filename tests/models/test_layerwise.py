@@ -365,3 +365,14 @@ def test_logits_of_the_head(family: str, tmp_path: Path) -> None:
     with layerwise.head() as logits, torch.no_grad():
         assert torch.equal(logits(hidden), model(input_ids=ids).logits)
     assert layerwise.model.lm_head.weight.is_meta
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt_oss", "gemma4", "deepseek_v3"])
+def test_logits_of_the_head_of_a_moe(family: str, checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Its classes ask what the decoder gave for more than hidden states."""
+    layerwise = Layerwise.open(checkpoint(family))
+    model = type(layerwise.model).from_pretrained(checkpoint(family)).eval()
+    inputs = dict(tiny.inputs(model, 1, 24))
+    hidden = streamed(layerwise, [inputs], tmp_path / "spool")[0]
+    with layerwise.head() as logits, torch.no_grad():
+        assert torch.equal(logits(hidden), model(**inputs).logits)

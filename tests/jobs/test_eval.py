@@ -9,7 +9,7 @@ import torch
 from chats import chat, tokenizer, write_jsonl
 from moesmith import cli
 from moesmith.eval import tool_calls
-from moesmith.jobs import eval as job
+from moesmith.jobs import _requests as job
 from moesmith.jobs._eval import Unfinished, lines, read_lines
 
 ESCAPE = "\x1b"

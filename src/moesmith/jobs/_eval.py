@@ -37,8 +37,8 @@ class Unfinished:
         real = out.resolve()
         self.folder = real.with_name(real.name + ".unfinished")
 
-    def open(self, asked: Mapping[str, Any], overwrite: bool) -> dict[int, ToolAnswer]:
-        """Answers of an interrupted run that asked the very same; otherwise start over.
+    def start(self, asked: Mapping[str, Any], overwrite: bool) -> bool:
+        """Make the folder; True if an interrupted run that asked the very same lies in it.
 
         Args:
             asked: everything the answers depend on, as JSON values.
@@ -46,17 +46,14 @@ class Unfinished:
         Raises:
             UserError: an interrupted run with other options lies there, or something else.
         """
-        from moesmith.eval.tool_calls import ToolAnswer
-
-        mark, answers = self.folder / ASKED, self.folder / ANSWERS
+        mark = self.folder / ASKED
         if self.folder.exists() and not mark.is_file() and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} is in the way", "move it, or choose another --out")
-        found: dict[int, ToolAnswer] = {}
-        if mark.is_file() and answers.is_file():
+        if mark.is_file() and any(path != mark for path in self.folder.iterdir()):
             earlier = json.loads(mark.read_text(encoding="utf-8"))
             other = sorted(key for key in {*earlier, *asked} if earlier.get(key) != asked.get(key))
             if not other:
-                return {row["place"]: ToolAnswer(**row["answer"]) for row in read_lines(answers)}
+                return True
             if not overwrite:
                 raise UserError(
                     f"{self.folder} holds an interrupted run with another {', '.join(other)}",
@@ -65,7 +62,16 @@ class Unfinished:
         self.remove()
         self.folder.mkdir(parents=True)
         write_atomically(mark, json.dumps(asked, indent=1) + "\n")
-        return found
+        return False
+
+    def open(self, asked: Mapping[str, Any], overwrite: bool) -> dict[int, ToolAnswer]:
+        """Answers of an interrupted run that asked the very same; otherwise start over, as `start` does."""
+        from moesmith.eval.tool_calls import ToolAnswer
+
+        answers = self.folder / ANSWERS
+        if not self.start(asked, overwrite) or not answers.is_file():
+            return {}
+        return {row["place"]: ToolAnswer(**row["answer"]) for row in read_lines(answers)}
 
     def add(self, answers: Mapping[int, ToolAnswer]) -> None:
         """Append answers and wait until they are on the disk; a line that a kill tore is closed first."""
@@ -126,11 +132,11 @@ def read_run(folder: Path, key: str = "against") -> tuple[ToolEval, dict[str, An
     return ToolEval(answers, record["tool_calls"]["seconds"]), record
 
 
-def check_run(folder: Path, key: str = "against") -> None:
-    """Raise UserError unless a folder holds a run of `moesmith eval`."""
+def check_run(folder: Path, key: str = "against", answers: str = ANSWERS) -> None:
+    """Raise UserError unless a folder holds a run of `moesmith eval` with its answers in a file `answers`."""
     if not folder.is_dir():
         raise no_such_file(folder, key)
-    for name in (ANSWERS, RECORD):
+    for name in (answers, RECORD):
         if not (folder / name).is_file():
             raise UserError(f"{key}: {folder} has no {name}", "wanted a folder that `moesmith eval` wrote")
 

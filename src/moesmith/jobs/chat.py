@@ -3,25 +3,28 @@
 An adapter runs over the exact packed base it was trained on: what the adapter's moesmith.json says about its
 base is checked against the model that was loaded. In the conversation /reset starts over and /exit leaves;
 Ctrl-C stops an answer, not the program. Answers go to stdout, everything else to stderr. With --tools the
-calls in an answer are shown, and never made: /result gives the model what they would return.
+calls in an answer are shown, and never made: /result gives the model what they would return. /experts shows
+which experts the last answer went through. With --server the model is one that a server has loaded.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesmith import console
 from moesmith.config import JobConfig
 from moesmith.errors import UserError
+from moesmith.jobs._conversation import Answer, converse, say_figures
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from moesmith.data.tools import Call, ToolSpec
+    from moesmith.jobs._chat_server import ServerChat
 
 POSITIONAL = ("model",)
 JSON = True
@@ -33,9 +36,13 @@ OUT_OF_MEMORY = (
 
 class Config(JobConfig):
     model: str | None = None
-    """Model folder or hub name; without it, the base that the adapter names."""
+    """Model folder or hub name, else the base that the adapter names; with --server, a name it serves."""
     adapter: Path | None = None
     """Folder of an adapter trained by `moesmith sft` or `moesmith dpo`."""
+    server: str | None = None
+    """Talk to a model of this OpenAI-compatible server (http://127.0.0.1:8000); nothing is loaded here."""
+    api_key: str | None = None
+    """What --server wants for a key, or a file that holds it."""
     scheme: Literal["nf4", "fp4", "int8", "fp8", "bf16", "none"] | None = None
     """How to pack a model that is not: as the adapter's base was, else nf4; none leaves it alone."""
     system: str | None = None
@@ -62,13 +69,36 @@ def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused: no model named, no such folder, no adapter in it."""
     from moesmith.models.checkpoint import local_folder
 
+    if cfg.server is not None:
+        check_server(cfg)
+        return
+    if cfg.api_key is not None:
+        raise UserError("--api-key goes with --server")
     local_folder(named_model(cfg, recorded_base(cfg.adapter)))
     read_spec(cfg)
     if cfg.prompt is None and console.is_json():
         raise UserError("--json goes with --prompt")
 
 
+def check_server(cfg: Config) -> None:
+    """What says how to load a model means nothing for one that a server has loaded."""
+    for name in ("adapter", "scheme", "dtype", "device"):
+        if name in cfg.model_fields_set:
+            raise UserError(
+                f"--{name} does not go with --server: the server has loaded its model",
+                "an adapter is served under a name of its own; MODEL picks one"
+                if name == "adapter"
+                else None,
+            )
+    read_spec(cfg)
+    if cfg.prompt is None and console.is_json():
+        raise UserError("--json goes with --prompt")
+
+
 def run(cfg: Config) -> None:
+    if cfg.server is not None:
+        talk(cfg, join_server(cfg, cfg.server))
+        return
     base = recorded_base(cfg.adapter)
     source = named_model(cfg, base)
     started = time.perf_counter()
@@ -81,12 +111,32 @@ def run(cfg: Config) -> None:
     chat = Chat(model, tokenizer, settings(cfg, model), cfg.system, read_spec(cfg))
     if tokenizer.chat_template is None:
         console.note("no chat template: the model continues the text you give it")
+    talk(cfg, chat)
+
+
+def talk(cfg: Config, chat: Chat | ServerChat) -> None:
+    """One answer, or a conversation."""
     if cfg.prompt is not None:
         prompt = sys.stdin.read().strip() if cfg.prompt == "-" else cfg.prompt
         answer = chat.answer(prompt, show=not console.is_json())
         console.emit({"prompt": prompt, **answer.facts()})
         return
     converse(chat)
+
+
+def join_server(cfg: Config, url: str) -> ServerChat:
+    """A conversation with a model of a server."""
+    from moesmith.jobs._chat_server import Server, ServerChat, pick_model, read_key
+
+    check_settings(cfg)
+    server = Server(url, read_key(cfg.api_key))
+    name = pick_model(server, cfg.model)
+    console.note(f"{name} at {server.url}")
+    asked = {
+        "max_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p, "seed": cfg.seed
+    }  # fmt: skip
+    options = {key: value for key, value in asked.items() if value is not None}
+    return ServerChat(server, name, options, cfg.system, read_spec(cfg))
 
 
 def read_spec(cfg: Config) -> ToolSpec | None:
@@ -212,14 +262,19 @@ def put_adapter(model: nn.Module, adapter: Path, base: dict[str, Any] | None, so
             raise UserError(f"{adapter} does not fit {source}: {reason}") from None
 
 
-def settings(cfg: Config, model: Any) -> dict[str, Any]:
-    """What `generate` is told beyond the model's own generation settings."""
+def check_settings(cfg: Config) -> None:
+    """Refuse what no model can be asked for."""
     if cfg.max_new_tokens < 1:
         raise UserError(f"max_new_tokens={cfg.max_new_tokens} must be at least 1")
     if cfg.temperature is not None and cfg.temperature < 0:
         raise UserError(f"temperature={cfg.temperature} must be 0 (greedy) or more")
     if cfg.top_p is not None and not 0 < cfg.top_p <= 1:
         raise UserError(f"top_p={cfg.top_p} must be above 0 and at most 1")
+
+
+def settings(cfg: Config, model: Any) -> dict[str, Any]:
+    """What `generate` is told beyond the model's own generation settings."""
+    check_settings(cfg)
     if cfg.seed is not None:
         import torch
 
@@ -238,32 +293,6 @@ def settings(cfg: Config, model: Any) -> dict[str, Any]:
 
 
 @dataclass
-class Answer:
-    """What the model said and what it took. `stopped` says Ctrl-C ended it."""
-
-    text: str
-    prompt_tokens: int
-    tokens: int
-    seconds: float
-    peak_bytes: int
-    stopped: bool = False
-    calls: list[Call] = field(default_factory=list)
-
-    def facts(self) -> dict[str, Any]:
-        """The same for a program."""
-        return {
-            "answer": self.text,
-            "prompt_tokens": self.prompt_tokens,
-            "tokens": self.tokens,
-            "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens / self.seconds, 2) if self.seconds else None,
-            "peak_bytes": self.peak_bytes,
-            "stopped": self.stopped,
-            "calls": [call.openai()["function"] for call in self.calls],
-        }
-
-
-@dataclass
 class Chat:
     """A conversation: the model, what was said so far, and how to answer."""
 
@@ -275,6 +304,8 @@ class Chat:
     messages: list[dict[str, Any]] = field(default_factory=list)
     waiting: int = 0
     """calls of the last answer that have no result yet"""
+    last: tuple[list[int], list[int]] | None = None
+    """ids of the last prompt and answer"""
 
     def __post_init__(self) -> None:
         self.reset()
@@ -283,7 +314,7 @@ class Chat:
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.waiting = 0
+        self.waiting, self.last = 0, None
 
     def result(self, text: str) -> None:
         """What the next waiting call returns; after the last one the model answers."""
@@ -333,11 +364,12 @@ class Chat:
         seconds = time.perf_counter() - started
         stream.finish()
         message, calls = self.read(stream)
+        self.last = ids[0].tolist(), stream.ids
         self.messages.append(message)
         self.waiting = len(calls)
         answer = Answer(stream.text, ids.shape[1], stream.tokens, seconds, peak.nbytes, stopped, calls)
         if show:
-            self.say_figures(answer)
+            say_figures(answer, self.tools)
         return answer
 
     def read(self, stream: Any) -> tuple[dict[str, Any], list[Call]]:
@@ -395,20 +427,14 @@ class Chat:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else next(iter(self.stop_ids()), None)
 
-    def say_figures(self, answer: Answer) -> None:
-        """The calls, what is wrong with them, tokens, rate and peak memory; dim, on stderr."""
-        from moesmith.eval.failures import problems
-        from moesmith.jobs._eval import in_words
+    def experts(self) -> dict[str, Any]:
+        """Which experts the last answer went through: it is read once more."""
+        from moesmith.serve.experts import picture
 
-        for call in answer.calls:
-            wrong = problems([call], self.tools) if self.tools is not None else []
-            console.note("; ".join([f"call: {in_words(asdict(call))}", *wrong]))
-        rate = answer.tokens / answer.seconds if answer.seconds else 0.0
-        stopped = " · stopped" if answer.stopped else ""
-        figures = (
-            f"{answer.tokens} tokens · {rate:.1f} tok/s · peak {console.size(answer.peak_bytes)}{stopped}"
-        )
-        console.note(figures)
+        if self.last is None or not self.last[1]:
+            raise UserError("no answer yet, so no experts to show")
+        prompt, said = self.last
+        return picture(self.model, prompt + said, len(prompt))
 
 
 def end_of_turn(tokenizer: Any) -> str:
@@ -424,45 +450,3 @@ def end_of_turn(tokenizer: Any) -> str:
     except jinja2.TemplateError:
         return ""
     return text.rpartition(word)[2].strip()
-
-
-# ---------------------------------------------------------------- the conversation
-
-
-def converse(chat: Chat) -> None:
-    """Read, answer, repeat; until /exit, end of input, or Ctrl-C twice at the prompt."""
-    typed = sys.stdin.isatty()
-    if typed:
-        import readline  # noqa: F401  (arrow keys and history in input())
-
-        results = " /result TEXT is what a call returns," if chat.tools is not None else ""
-        console.note(f"/reset starts over,{results} /exit leaves, Ctrl-C stops an answer")
-    interrupted = False
-    while True:
-        try:
-            line = input("> " if typed else "").strip()
-        except EOFError:
-            return
-        except KeyboardInterrupt:
-            if interrupted:
-                return
-            interrupted = True
-            console.note("\nonce more, or /exit, to leave")
-            continue
-        interrupted = False
-        if line in ("/exit", "/quit"):
-            return
-        if line == "/reset":
-            chat.reset()
-            console.note("started over")
-        elif line.startswith("/") and line[1:].isalpha():
-            results = ", /result TEXT" if chat.tools is not None else ""
-            console.note(f"no such command: {line}; there are /reset{results} and /exit")
-        elif line:
-            try:
-                if chat.tools is not None and line.startswith("/result "):
-                    chat.result(line.removeprefix("/result ").strip())
-                else:
-                    chat.answer(line)
-            except UserError as error:
-                console.error(error.message, error.hint)

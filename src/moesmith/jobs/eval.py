@@ -1,67 +1,73 @@
-"""Ask a model requests that want tool calls, and count what it gets right and what goes wrong.
+"""Ask a model questions whose answers are known, and count what it gets right and what goes wrong.
 
-Every request is answered greedily through the model's own tool format and judged against the calls its row
-ends in: the right tools, with the right arguments, in the right order. The folder has every answer
-(answers.jsonl), the figures (eval.json) and a page. --against compares with an earlier run, request by
-request. A run that was stopped goes on when the same command is given again.
+--requests asks for tool calls: each answer is judged against the calls its row ends in. --tasks asks
+benchmarks of lm-eval, --gpqa the questions of GPQA. The folder has every answer, the figures (eval.json) and
+a page. --against compares with an earlier run, item by item. A run that was stopped goes on when the same
+command is given again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 
-import moesmith
 from moesmith import console
-from moesmith.config import JobConfig, write_atomically
+from moesmith.config import JobConfig
 from moesmith.errors import UserError
-
-if TYPE_CHECKING:
-    from moesmith.data.prepare import Counts
-    from moesmith.data.requests import Request
-    from moesmith.eval.tool_calls import ToolAnswer, ToolEval
-    from moesmith.jobs._eval import Unfinished
 
 POSITIONAL = ("model",)
 JSON = True
 EXAMPLE = "moesmith eval olmoe-nf4 --tools tools.json --requests held_out.jsonl --out run1/eval"
 OUT_OF_MEMORY = "lower --batch-tokens or --batch-size; or load it in fewer bits: --scheme nf4"
 
-SCORES = ("n", "right", "rate", "interval")
-
 
 class Config(JobConfig):
     model: str | None = None
     """Model folder or hub name; without it, the base that the adapter names."""
-    requests: Path
-    """Chat rows that end in the right answer, JSONL; or a file of the Berkeley benchmark (BFCL)."""
+    requests: Path | None = None
+    """Tool calls: chat rows that end in the right answer, JSONL; or a file of the Berkeley benchmark."""
+    tasks: list[str] | None = None
+    """Benchmarks: tasks of lm-eval by name, comma-separated; needs moesmith[eval]."""
+    gpqa: Path | None = None
+    """GPQA: its questions, JSONL or CSV."""
     out: Path
-    """Folder to create: answers.jsonl, eval.json, report.html."""
+    """Folder to create: every answer, eval.json, report.html."""
     tools: Path | None = None
     """JSON list of the tools that are offered, for the rows that name none."""
+    task_path: Path | None = None
+    """Folder with task files (YAML) of your own."""
+    few_shot: int | None = pydantic.Field(None, ge=0)
+    """Solved examples before each question; without it, the task's own number."""
+    chat_template: Literal["auto", "on", "off"] = "auto"
+    """Ask through the chat template; auto does where there is one."""
     adapter: Path | None = None
     """Folder of an adapter trained by `moesmith sft` or `moesmith dpo`."""
+    server: str | None = None
+    """Ask a server with OpenAI's routes at this URL instead of loading a model."""
+    server_model: str | None = None
+    """The model's name there; without it, the first that the server lists."""
+    concurrency: int = pydantic.Field(4, ge=1)
+    """Requests that a server gets at a time."""
     against: Path | None = None
-    """OUT of an earlier run on the same requests, to compare with."""
+    """OUT of an earlier run on the same items, to compare with."""
     limit: int | None = pydantic.Field(None, ge=1)
-    """Ask so many requests at most, spread evenly over the file."""
-    max_new_tokens: int = pydantic.Field(128, ge=1)
-    """Longest answer, in tokens; more for a model that thinks first."""
+    """Ask so many items at most (of each task), spread evenly."""
+    max_new_tokens: int | None = pydantic.Field(None, ge=1)
+    """Longest answer, in tokens; without it 128 for tool calls, what the task says for --tasks."""
+    reasoning_tokens: int | None = pydantic.Field(None, ge=0)
+    """Longest reasoning before the answer of a model that thinks first."""
     batch_size: int = pydantic.Field(16, ge=1)
-    """Requests in one batch, at most."""
+    """Items in one batch, at most."""
     batch_tokens: int = pydantic.Field(16_384, ge=1)
     """Tokens in one batch, at most: prompts, answers and padding."""
+    seed: int = 0
+    """Shuffles choices and picks examples; the same seed gives the same prompts."""
     scheme: Literal["nf4", "fp4", "int8", "fp8", "bf16", "none"] | None = None
     """How to pack a model that is not: as the adapter's base was, else nf4; none leaves it alone."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -71,98 +77,68 @@ class Config(JobConfig):
     overwrite: bool = False
     """Replace an earlier output of this command, or an interrupted run with other options."""
 
+    @pydantic.model_validator(mode="after")
+    def _one_kind(self) -> Config:
+        given = [f"--{kind}" for kind in KINDS if getattr(self, kind)]
+        if len(given) != 1:
+            said = " and ".join(given) if given else "nothing to ask"
+            raise UserError(said, "give one of --requests FILE, --tasks NAMES, --gpqa FILE")
+        for name, kinds in ONLY_FOR.items():
+            if name in self.model_fields_set and self.kind not in kinds:
+                flags = " or ".join(f"--{kind}" for kind in kinds)
+                raise UserError(f"--{name.replace('_', '-')} goes with {flags}, not with {given[0]}")
+        if self.kind == "requests" and self.max_new_tokens is None:
+            self.__dict__["max_new_tokens"] = 128  # not by assignment: that would read as if it were given
+        return self
 
-@dataclass
-class Asked:
-    """What is asked, as token ids too, and what was left out."""
+    @property
+    def kind(self) -> str:
+        """What is asked: requests, tasks or gpqa."""
+        return next(kind for kind in KINDS if getattr(self, kind))
 
-    requests: list[Request]
-    prompts: list[list[int]]
-    counts: Counts
-    left_out: dict[str, int] = field(default_factory=dict)
-    """requests that this model cannot be asked, by reason"""
+
+KINDS = ("requests", "tasks", "gpqa")
+# Options that one kind has no use for are refused, not ignored.
+ONLY_FOR = {
+    "tools": ("requests",),
+    "batch_tokens": ("requests", "gpqa"),
+    "task_path": ("tasks",),
+    "few_shot": ("tasks",),
+    "chat_template": ("tasks",),
+    "server": ("tasks", "gpqa"),
+    "server_model": ("tasks", "gpqa"),
+    "concurrency": ("tasks", "gpqa"),
+    "seed": ("tasks", "gpqa"),
+    "reasoning_tokens": ("gpqa",),
+}
 
 
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused: files that are not there, a place that is taken."""
-    from moesmith.config import no_such_file
-    from moesmith.jobs._eval import RECORD, check_run
-    from moesmith.jobs._folder import check_place
-    from moesmith.models.checkpoint import local_folder
-
-    for path, key in ((cfg.requests, "requests"), (cfg.tools, "tools")):
-        if path is not None and not path.expanduser().is_file():
-            raise no_such_file(path, key)
-    local_folder(source_of(cfg)[0])
-    check_place(cfg.out, None, cfg.overwrite, RECORD)
-    if cfg.against is not None:
-        check_run(cfg.against)
+    procedure(cfg).check(cfg)
 
 
 def run(cfg: Config) -> None:
-    from moesmith.eval.tool_calls import ToolEval, paired
-    from moesmith.jobs._eval import Unfinished, read_run, say, say_paired
-    from moesmith.jobs._folder import check_place
-    from moesmith.models.checkpoint import resolve
-
-    source, base = source_of(cfg)
-    folder = resolve(source)
-    check_place(cfg.out, folder, cfg.overwrite, "eval.json")
-    tokenizer, room = read_tokenizer(folder, cfg)
-    asked = read_asked(cfg, tokenizer, room)
-    earlier = read_run(cfg.against) if cfg.against is not None else None
-    if earlier is not None:
-        check_against(cfg, earlier, asked.requests)
-    identity = what_is_asked(cfg, folder, asked)
-    unfinished = Unfinished(cfg.out)
-    done = unfinished.open(identity, cfg.overwrite)
-    if done:
-        console.note(f"going on with an interrupted run: {len(done):,} answers are there")
-
-    model = None if len(done) == len(asked.requests) else load(source, base, cfg)
-    answers, seconds = answer(model, tokenizer, asked, done, unfinished, cfg)
-    del model
-    evaluation = ToolEval([answers[i] for i in range(len(asked.requests))], seconds)
-    say(evaluation)
-    compared = None
-    if earlier is not None:
-        compared = {"a": earlier[1]["name"], "b": name_of(cfg, source), **paired(earlier[0], evaluation)}
-        say_paired(earlier[1]["name"], earlier[0], evaluation, compared)
-
-    facts = {
-        "command": "eval",
-        "name": name_of(cfg, source),
-        "model": {"given": source, "folder": str(folder), "hash": identity["model"]},
-        "adapter": cfg.adapter and {"folder": str(cfg.adapter.resolve()), "digest": identity["adapter"]},
-        "requests": {
-            "path": str(cfg.requests), "asked": identity["requests"], "rows": asked.counts.facts(),
-            "left_out": asked.left_out,
-        },
-        "tools": tools_of(asked.requests),
-        "tool_calls": evaluation.facts(records=False),
-        "paired": compared,
-        "config": cfg.model_dump(mode="json"),
-        "how": how(cfg, identity),
-    }  # fmt: skip
-    write(cfg, facts, evaluation, earlier)
-    unfinished.remove()
-    console.row(
-        "written", ", ".join(f"{cfg.out}/{name}" for name in ("answers.jsonl", "eval.json", "report.html"))
-    )
-    console.next_command(following(cfg, evaluation))
-    console.emit({"out": str(cfg.out), "report": str(cfg.out / "report.html"), **facts})
+    procedure(cfg).run(cfg)
 
 
-# ---------------------------------------------------------------- what is asked
+def procedure(cfg: Config) -> Any:
+    """The module that asks this kind: jobs/_requests.py, _tasks.py or _gpqa.py."""
+    from importlib import import_module
+
+    return import_module(f"moesmith.jobs._{cfg.kind}")
+
+
+# ---------------------------------------------------------------- shared by all kinds
 
 
 def source_of(cfg: Config) -> tuple[str, dict[str, Any] | None]:
-    """The model to load, and what the adapter says about its base."""
+    """The model to load, and what the adapter says about its base; "" where a server needs none."""
     from moesmith.jobs.chat import recorded_base
 
     base = recorded_base(cfg.adapter)
-    source = cfg.model or (base or {}).get("path")
-    if source is None:
+    source = cfg.model or (base or {}).get("path") or ""
+    if not source and cfg.server is None:
         raise UserError(
             "missing MODEL", "moesmith eval MODEL, or --adapter with a folder that names its base"
         )
@@ -192,79 +168,6 @@ def read_tokenizer(folder: Path, cfg: Config) -> tuple[Any, int | None]:
     return AutoTokenizer.from_pretrained(words), room
 
 
-def read_asked(cfg: Config, tokenizer: Any, room: int | None) -> Asked:
-    """The requests and their prompts, with all counts said.
-
-    Raises:
-        UserError: no request that can be asked.
-    """
-    from moesmith.data.requests import describe_requests, read_requests
-    from moesmith.data.tool_format import ToolFormat
-    from moesmith.data.tools import read_tools
-    from moesmith.eval.tool_calls import prompts_of
-
-    tools = read_tools(cfg.tools) if cfg.tools is not None else None
-    requests, counts = read_requests(cfg.requests, tools)
-    for i, line in enumerate(describe_requests(requests, counts)):
-        console.row("" if i else "requests", line, width=10)
-    if cfg.limit is not None and cfg.limit < len(requests):
-        console.row("", f"{cfg.limit:,} of them are asked (--limit)", width=10)
-        requests = [requests[i * len(requests) // cfg.limit] for i in range(cfg.limit)]
-    prompts, refused = prompts_of(tokenizer, requests, cfg.max_new_tokens, room)
-    left_out: dict[str, int] = {}
-    for _, why in refused:
-        left_out[why.split(":")[0]] = left_out.get(why.split(":")[0], 0) + 1
-    if len(refused) == len(requests):
-        request, why = refused[0]
-        raise UserError(f"none of {len(requests):,} requests can be asked: {request.id}, {why}")
-    for why, count in left_out.items():
-        first = next(request for request, reason in refused if reason.startswith(why))
-        console.warn(f"{count:,} requests are left out: {why} (first: {first.id})")
-    longest = max(map(len, prompts))
-    kind = ToolFormat.of(tokenizer).kind
-    console.row("format", f"{FORMATS[kind]} · prompts of up to {longest:,} tokens", width=10)
-    kept = [i for i, ids in enumerate(prompts) if ids]
-    return Asked([requests[i] for i in kept], [prompts[i] for i in kept], counts, left_out)
-
-
-FORMATS = {
-    "schema": "the chat template's own tool calls",
-    "derived": "the chat template's own tool calls, read back as it writes them",
-    "plain": "the chat template has no tool calls: they are JSON between <tool_call> tags",
-}
-
-
-def tools_of(requests: Sequence[Request]) -> list[dict[str, Any]]:
-    """Every tool that is offered, once; of two that share a name, the first."""
-    found: dict[str, dict[str, Any]] = {}
-    seen: set[int] = set()
-    for request in requests:
-        if id(request.tools) not in seen:
-            seen.add(id(request.tools))
-            for tool in request.tools:
-                found.setdefault(tool.name, tool.openai())
-    return list(found.values())
-
-
-def what_is_asked(cfg: Config, folder: Path, asked: Asked) -> dict[str, Any]:
-    """Everything the answers depend on, as JSON values."""
-    from moesmith.models.identity import model_hash
-
-    digest = hashlib.sha256()
-    for request, ids in zip(asked.requests, asked.prompts, strict=True):
-        expected = [one.facts() for one in request.expected]
-        said = [request.id, request.category, ids, request.gold, expected, request.any_order]
-        digest.update(json.dumps([*said, request.tools.openai()], default=str).encode() + b"\n")
-    options = ("max_new_tokens", "batch_size", "batch_tokens", "scheme", "dtype")
-    return {
-        "model": model_hash(folder),
-        "adapter": None if cfg.adapter is None else adapter_digest(cfg.adapter),
-        "requests": digest.hexdigest()[:32],
-        **{name: getattr(cfg, name) for name in options},
-        "version": moesmith.__version__,
-    }
-
-
 def adapter_digest(folder: Path) -> str:
     """A hash of an adapter's settings and weights."""
     digest = hashlib.sha256()
@@ -272,21 +175,6 @@ def adapter_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:32]
-
-
-def check_against(cfg: Config, earlier: tuple[ToolEval, dict[str, Any]], requests: Sequence[Request]) -> None:
-    """Raise UserError when the earlier run answered other requests; say when it was asked in another way."""
-    from moesmith.eval.paired import same_ids
-
-    same_ids({record.id for record in earlier[0].records}, {request.id for request in requests})
-    for name in ("max_new_tokens", "batch_size", "batch_tokens", "dtype"):
-        then, now = earlier[1]["config"].get(name), getattr(cfg, name)
-        if then != now:
-            flag = "--" + name.replace("_", "-")
-            console.warn(f"{cfg.against} had {flag} {then}, this run has {now}: answers may differ by that")
-
-
-# ---------------------------------------------------------------- the answers
 
 
 def load(source: str, base: dict[str, Any] | None, cfg: Config) -> Any:
@@ -302,113 +190,13 @@ def load(source: str, base: dict[str, Any] | None, cfg: Config) -> Any:
     return model.eval()
 
 
-def answer(
-    model: Any, tokenizer: Any, asked: Asked, done: dict[int, ToolAnswer], unfinished: Unfinished, cfg: Config
-) -> tuple[dict[int, ToolAnswer], float]:
-    """Every request's judged answer, each batch kept on disk as it comes; and the seconds this took."""
-    from moesmith.eval.tool_calls import answer_batches
-
-    answers: dict[int, ToolAnswer] = {}
-    if model is None:
-        return done, 0.0
-    started, tokens = time.perf_counter(), 0
-    with console.bar("answering", total=len(asked.requests)) as bar:
-        for batch in answer_batches(
-            model, tokenizer, asked.requests, asked.prompts, batch_size=cfg.batch_size,
-            max_new_tokens=cfg.max_new_tokens, batch_tokens=cfg.batch_tokens, done=done,
-        ):  # fmt: skip
-            new = {i: record for i, record in batch.items() if done.get(i) is not record}
-            if new:
-                unfinished.add(new)
-            answers |= batch
-            tokens += sum(record.tokens for record in new.values())
-            right = sum(record.right for record in answers.values())
-            rate = tokens / (time.perf_counter() - started)
-            bar.update(len(answers), f"{len(answers):,} answers, {right:,} right · {rate:.0f} tok/s")
-    seconds = time.perf_counter() - started
-    cut = sum(record.cut for record in answers.values())
-    total = sum(record.tokens for record in answers.values())
-    console.row(
-        "answers",
-        f"{len(answers):,} of {total:,} tokens, {cut:,} cut at {cfg.max_new_tokens} · "
-        f"{console.duration(seconds)}, {tokens / seconds:.0f} tok/s",
-        width=10,
-    )
-    return answers, seconds
-
-
-# ---------------------------------------------------------------- the folder
-
-
-def write(
-    cfg: Config, facts: dict[str, Any], evaluation: ToolEval, earlier: tuple[ToolEval, dict[str, Any]] | None
-) -> None:
-    """answers.jsonl, eval.json and the report, whole or not there."""
-    from dataclasses import asdict
-
-    from moesmith.jobs._eval import ANSWERS, RECORD, lines
-    from moesmith.jobs._folder import finish_folder, start_folder
-    from moesmith.report import write_report
-
-    temporary = start_folder(cfg.out)
-    write_atomically(temporary / ANSWERS, lines(asdict(record) for record in evaluation.records))
-    write_atomically(temporary / RECORD, json.dumps(facts, indent=1) + "\n")
-    write_report(temporary, report_facts(facts, evaluation, earlier))
-    finish_folder(temporary, cfg.out)
-
-
-def report_facts(
-    facts: dict[str, Any], evaluation: ToolEval, earlier: tuple[ToolEval, dict[str, Any]] | None
-) -> dict[str, Any]:
-    """The facts of the page."""
-    from moesmith.jobs._eval import advice, percent, report_run, shown_ids
-
-    scores = facts["tool_calls"]
-    low, high = scores["interval"]
-    sentence = (
-        f"{facts['name']} answers {scores['right']:,} of {scores['n']:,} requests right: "
-        f"{percent(scores['rate'])} (95 %: {percent(low)} to {percent(high)})."
-    )
-    points = advice(evaluation.records, scores)
-    ids = shown_ids(evaluation.records, earlier[0].records if earlier is not None else ())
-    runs = [report_run(facts["name"], scores, evaluation.records, ids)]
-    compared = facts["paired"]
-    if earlier is not None and compared is not None:
-        before = earlier[0].facts(records=False)
-        runs.insert(0, report_run(compared["a"], before, earlier[0].records, ids))
-        change = f"{100 * compared['difference']:+.1f} points against {compared['a']}"
-        split = f"{compared['only_b']:,} right only now, {compared['only_a']:,} only then"
-        points.insert(0, f"{change}: {split} (McNemar p = {compared['p']:.2g}).")
-    return {
-        "title": f"Tool calls of {facts['name']}",
-        "subtitle": f"{scores['n']:,} requests of {facts['requests']['path']}",
-        "verdict": {"level": "info", "word": "Measured", "sentence": sentence, "points": points},
-        "tool_calls": {"runs": runs, "paired": [compared] if compared else []},
-        "how": facts["how"],
-    }
-
-
-def how(cfg: Config, identity: dict[str, Any]) -> dict[str, Any]:
-    """How it was measured, for the record."""
+def machine(cfg: Config) -> str:
+    """What the model runs on."""
     import torch
 
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available() and cfg.device != "cpu":
-        machine = torch.cuda.get_device_name()
-    return {
-        "command": command(cfg),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {
-            "moesmith": moesmith.__version__,
-            **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
-        },
-        "machine": machine,
-        "model_hash": identity["model"],
-        "adapter_hash": identity["adapter"],
-        "requests_hash": identity["requests"],
-        "decoding": f"greedy, at most {cfg.max_new_tokens} tokens",
-        "intervals": "95 %: Wilson of shares, paired bootstrap of the difference",
-    }
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def command(cfg: Config) -> str:
@@ -419,13 +207,6 @@ def command(cfg: Config) -> str:
         if name in POSITIONAL or name not in cfg.model_fields_set or value is None:
             continue
         flag = "--" + name.replace("_", "-")
-        words += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
+        text = ",".join(value) if isinstance(value, list) else str(value)
+        words += ([flag] if value else []) if isinstance(value, bool) else [flag, text]
     return shlex.join(words)
-
-
-def following(cfg: Config, evaluation: ToolEval) -> str:
-    """What to run next."""
-    if evaluation.right < evaluation.n:
-        return f"moesmith pairs analyse {shlex.quote(str(cfg.out))}"
-    words = ["moesmith", "chat", *([cfg.model] if cfg.model else [])]
-    return shlex.join([*words, *(["--adapter", str(cfg.adapter)] if cfg.adapter else [])])

@@ -12,7 +12,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from . import build, loop, pairs, sections, tables, tool_tables, tools
+from . import build, gpqa, loop, pairs, sections, tables, tasks, tool_tables, tools
 from .markup import Html, join, prose, tag
 from .parts import Section, verdict
 from .theme import COLOURS
@@ -53,10 +53,11 @@ def page(facts: dict[str, Any]) -> str:
 
 
 def _asked(facts: dict[str, Any]) -> list[Section]:
-    """Sections of rounds, tool calls and pairs: first what came out, then how, then what was written."""
+    """Sections of rounds, calls, pairs, benchmarks: first what came out, then how, then what was written."""
     rounds, calls = loop.sections(facts), tools.sections(facts)
     last = [part for part in calls if part.key == "samples"]
     parts = [*rounds[:1], *(part for part in calls if part not in last), *rounds[1:], *pairs.sections(facts)]
+    parts += [*tasks.sections(facts), *gpqa.sections(facts)]
     figures = tool_tables.build(facts)
     return [*parts, *last, *([figures] if figures else [])]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import build_charts, charts, loop_charts, tool_charts
+from . import build_charts, charts, loop_charts, tasks, tool_charts
 from .charts import MEASURES, Line, cut
 from .parts import verdict
 from .rounds import read_rounds
@@ -83,5 +83,5 @@ def _asked(facts: dict[str, Any]) -> Figure | None:
         if picture is None and run.confusion is not None:
             shown = layout([run.confusion])
             picture = tool_charts.confusion(run.confusion, shown, LIGHT) if shown.tools else None
-    picture = picture or tool_charts.score(runs, LIGHT, POSTER)
+    picture = picture or tool_charts.score(runs, LIGHT, POSTER) or tasks.picture(facts.get("tasks"), LIGHT)
     return picture or loop_charts.pairs(records(mapping(facts.get("pairs")).get("categories")), LIGHT, POSTER)

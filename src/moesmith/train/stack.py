@@ -5,19 +5,14 @@ exactly their sum: ranks side by side, scaling folded into B. What is saved is t
 format, so that every command, stock PEFT and any server loads it like an adapter trained in one go; the two
 lie beside it in parts/, as they were trained.
 
-PEFT stores a linear's factors as A (r, in), B (out, r). Of a parameter with a slice per expert it stores
-A (E*r, in) with the expert slowest and B (out, r*E) with the expert fastest; which parameter of a module they
-belong to is told by how deep `base_layer` is nested in their name. A linear is the case E = 1.
+How PEFT stores the factors is said in `models/lora_factors.py`.
 """
-
-# E experts, r rank of one adapter, R rank of the joined one, I in features, O out features
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,13 +22,24 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, load_peft_weights
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from moesmith.errors import UserError
+from moesmith.models.lora_factors import (
+    WEIGHTS,
+    A,
+    B,
+    as_peft,
+    check_same_parameters,
+    factors,
+    module_of,
+    padded,
+    refuse_unknown,
+    side_by_side,
+)
 
 from .lora import lora_config
 from .settings import LoraSettings
@@ -41,19 +47,7 @@ from .settings import LoraSettings
 TRAINED = "default"
 FROZEN = "frozen"
 
-A, B = ".lora_A.weight", ".lora_B.weight"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 WAY_OUT = "adapter_mode=continue trains the adapter itself further"
-
-# Fields of a LoraConfig that change what an adapter does and that a plain sum of B @ A does not know.
-UNKNOWN = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
-    "layer_replication", "megatron_config", "alora_invocation_tokens", "use_qalora", "arrow_config",
-    "velora_config", "kasa_config",
-)  # fmt: skip
-# Ways to start an adapter that also change the base's weights; True and "gaussian" do not.
-KEEPS_BASE = (True, False, "gaussian", "orthogonal", "eva")
 
 
 # ---------------------------------------------------------------- on a model
@@ -77,7 +71,7 @@ def stack(model: PreTrainedModel, adapter: str | Path, settings: LoraSettings, s
     saved = stacked.peft_config[FROZEN]
     if not isinstance(saved, LoraConfig):
         raise UserError(f"adapter={adapter} is {saved.peft_type}, wanted a LoRA", WAY_OUT)
-    _refuse_unknown(saved, f"adapter={adapter}")
+    refuse_unknown(saved, f"adapter={adapter}", WAY_OUT)
     for module in stacked.modules():
         if isinstance(module, LoraLayer) and FROZEN in module.lora_dropout:
             module.lora_dropout[FROZEN] = nn.Identity()  # it is not trained: nothing of it is dropped
@@ -89,7 +83,9 @@ def stack(model: PreTrainedModel, adapter: str | Path, settings: LoraSettings, s
     except ValueError as error:
         raise UserError(f"no other adapter can go over {adapter}: {_one_line(error)}", WAY_OUT) from None
     activate(stacked)
-    _check_same_parameters([(stacked.peft_config[n], _weights(stacked, n)) for n in (FROZEN, TRAINED)])
+    check_same_parameters(
+        [(stacked.peft_config[n], _weights(stacked, n)) for n in (FROZEN, TRAINED)], WAY_OUT
+    )
     return stacked
 
 
@@ -118,7 +114,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, name: str, trainab
             left
             and loaded.peft_config[name].target_modules == PeftConfig.from_pretrained(place).target_modules
         ):
-            place = _module(left[0].partition(".lora_")[0])
+            place = module_of(left[0].partition(".lora_")[0])
             raise UserError(f"adapter={adapter} does not fit the model, which has no {place}")
     return loaded
 
@@ -145,7 +141,7 @@ def _other_parameters(model: PeftModel) -> Iterator[None]:
 
     PEFT wants all adapters on the same set of parameters, because the names of their weights tell the
     parameter by how deep it is nested. Only the parameters of one module are nested in each other, so only
-    they have to be the same: `_check_same_parameters` looks at that.
+    they have to be the same: `check_same_parameters` looks at that.
     """
     config = model.peft_config[FROZEN]
     there, config.target_parameters = config.target_parameters, None
@@ -181,22 +177,19 @@ def join(
         UserError: an adapter that is more than B @ A, or different parameters of one module.
     """
     for i, (config, _) in enumerate(adapters):
-        _refuse_unknown(config, f"adapter {i + 1}")
-    targets = _check_same_parameters(adapters)
+        refuse_unknown(config, f"adapter {i + 1}", WAY_OUT)
+    targets = check_same_parameters(adapters, WAY_OUT)
     ranks = [max([config.r, *config.rank_pattern.values()]) for config, _ in adapters]
     places = dict.fromkeys(
         key.removesuffix(A) for _, weights in adapters for key in weights if key.endswith(A)
     )
     joined: dict[str, Tensor] = {}
     for place in places:
-        parts = [_factors(place, config, weights) for config, weights in adapters]
-        shape = next((part[0].shape[0], part[0].shape[2], part[1].shape[1]) for part in parts if part)
-        padded = [_padded(part, rank, shape) for part, rank in zip(parts, ranks, strict=True)]
-        a_ERI = torch.cat([a for a, _ in padded], 1)
-        b_EOR = torch.cat([b for _, b in padded], 2)
-        joined[place + A] = a_ERI.reshape(-1, a_ERI.shape[-1]).contiguous()
-        joined[place + B] = b_EOR.permute(1, 2, 0).reshape(b_EOR.shape[1], -1).contiguous()
-    modules = dict.fromkeys(map(_module, places))
+        parts = [factors(place, config, weights, WAY_OUT) for config, weights in adapters]
+        shape = next(part.shape for part in parts if part)
+        same = [padded(part, rank, shape) for part, rank in zip(parts, ranks, strict=True)]
+        joined[place + A], joined[place + B] = as_peft(side_by_side(same))
+    modules = dict.fromkeys(map(module_of, places))
     last = adapters[-1][0]
     config = LoraConfig(
         r=sum(ranks),
@@ -208,109 +201,6 @@ def join(
         inference_mode=True,
     )
     return config, joined
-
-
-Factors = tuple[Tensor, Tensor]  # A (E, r, I) and B (E, O, r) with the scaling in it
-
-
-def _factors(place: str, config: LoraConfig, weights: dict[str, Tensor]) -> Factors | None:
-    """An adapter's factors at one place; None where it has none."""
-    if place + A not in weights:
-        return None
-    a, b = weights[place + A].detach().float(), weights[place + B].detach().float()
-    r, alpha = _rank_and_alpha(place, config)
-    if a.shape[0] % r or a.shape[0] != b.shape[1]:
-        raise UserError(
-            f"{_module(place)}: factors {tuple(a.shape)} and {tuple(b.shape)} are not of rank {r}"
-        )
-    experts = a.shape[0] // r
-    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
-    return a.view(experts, r, -1), b.view(b.shape[0], r, experts).permute(2, 0, 1) * scaling
-
-
-def _rank_and_alpha(place: str, config: LoraConfig) -> tuple[int, float]:
-    """Rank and alpha at a place. PEFT looks patterns up by the parameter's name, where one is targeted."""
-    module = _module(place)
-    names = [f"{module}.{leaf}" for leaf in _leaves(module, config)] or [module]
-
-    def look_up(pattern: dict[str, Any], default: Any) -> set[Any]:
-        return {pattern.get(get_pattern_key(list(pattern), name), default) for name in names}
-
-    ranks, alphas = look_up(config.rank_pattern, config.r), look_up(config.alpha_pattern, config.lora_alpha)
-    if len(ranks) > 1 or len(alphas) > 1:
-        raise UserError(
-            f"{' and '.join(names)} have different rank or alpha: their weights cannot be told apart",
-            WAY_OUT,
-        )
-    return int(ranks.pop()), float(alphas.pop())
-
-
-def _padded(part: Factors | None, rank: int, shape: tuple[int, int, int]) -> Factors:
-    """Factors of the given rank: zeros where there are none. `shape` is E, I, O."""
-    experts, inner, outer = shape
-    if part is None:
-        return torch.zeros(experts, rank, inner), torch.zeros(experts, outer, rank)
-    a, b = part
-    missing = rank - a.shape[1]
-    return nn.functional.pad(a, (0, 0, 0, missing)), nn.functional.pad(b, (0, missing))
-
-
-def _places(weights: dict[str, Tensor]) -> list[str]:
-    """Names of the adapter's pairs of factors.
-
-    Raises:
-        UserError: weights that are no such pair (of an embedding, a bias).
-    """
-    odd = next((key for key in weights if not key.endswith((A, B))), None)
-    if odd is not None:
-        raise UserError(f"the adapter's {odd} is no factor of a low-rank update", WAY_OUT)
-    return [key.removesuffix(A) for key in weights if key.endswith(A)]
-
-
-def _module(place: str) -> str:
-    """base_model.model.model.layers.0.mlp.experts.base_layer -> model.layers.0.mlp.experts"""
-    return ".".join(part for part in place.removeprefix(PREFIX).split(".") if part != "base_layer")
-
-
-def _leaves(module: str, config: LoraConfig) -> list[str]:
-    """Names of the module's own parameters that the adapter targets; PEFT compares ends of names."""
-    found = []
-    for target in config.target_parameters or ():
-        parent, _, leaf = target.rpartition(".")
-        if module == parent or module.endswith(f".{parent}") or not parent:
-            found.append(leaf)
-    return sorted(set(found))
-
-
-def _check_same_parameters(adapters: Sequence[tuple[LoraConfig, dict[str, Tensor]]]) -> dict[str, list[str]]:
-    """module -> its targeted parameters, for modules with such.
-
-    Raises:
-        UserError: two adapters target different parameters of one module.
-    """
-    found: dict[str, list[str]] = {}
-    for config, weights in adapters:
-        for module in dict.fromkeys(map(_module, _places(weights))):
-            leaves = _leaves(module, config)
-            there = found.setdefault(module, leaves)
-            if there != leaves:
-                both = [", ".join(names) or "the module" for names in (there, leaves)]
-                raise UserError(
-                    f"{module}: one adapter is on {both[0]}, the other on {both[1]}; such two cannot be one",
-                    WAY_OUT,
-                )
-    return {module: leaves for module, leaves in found.items() if leaves}
-
-
-def _refuse_unknown(config: LoraConfig, what: str) -> None:
-    """UserError for an adapter that is more than B @ A on its places."""
-    odd = [name for name in UNKNOWN if getattr(config, name, None)]
-    odd += ["bias"] if config.bias != "none" else []
-    odd += ["init_lora_weights"] if config.init_lora_weights not in KEEPS_BASE else []
-    if odd:
-        raise UserError(
-            f"{what} has {odd[0]}={getattr(config, odd[0])}: another one cannot be added to it", WAY_OUT
-        )
 
 
 # ---------------------------------------------------------------- saved

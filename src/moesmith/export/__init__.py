@@ -1,0 +1,1 @@
+"""What leaves the toolkit: merged checkpoints, adapters and GGUF files that other programs read."""

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over one packed model and any number of adapters."""

@@ -16,12 +16,10 @@ A recipe is a YAML file like
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -115,7 +113,7 @@ def run(cfg: Config) -> None:
     from moesmith.jobs._build_parts import any_split, open_parts, placeholder, say_parts
     from moesmith.jobs._build_text import read_texts, say_texts
     from moesmith.jobs._build_words import say_result
-    from moesmith.jobs._folder import check_space
+    from moesmith.jobs._folder import check_space, start_folder
 
     started = time.perf_counter()
     recipe, translated = read(cfg)
@@ -127,8 +125,7 @@ def run(cfg: Config) -> None:
     say_texts(texts)
     check_space(cfg.out, nbytes + state_bytes(parts, texts), "the new model")
 
-    with unfinished(cfg.out) as temporary:
-        facts = build(cfg, parts, texts, nbytes, temporary, started)
+    facts = build(cfg, parts, texts, nbytes, start_folder(cfg.out), started)
     say_result(cfg, parts, facts)
     console.emit({"out": str(cfg.out), "report": str(cfg.out / "report.html"), **facts})
 
@@ -164,32 +161,6 @@ def build(
         raise
     finish_folder(temporary, cfg.out)
     return facts
-
-
-@contextmanager
-def unfinished(out: Path) -> Iterator[Path]:
-    """`start_folder`, and inside no other build has it: two would clear away or mix each other's files.
-
-    The marker in the folder is locked by the process, so that what a killed build left is free.
-
-    Raises:
-        UserError: another build is writing there.
-    """
-    from moesmith.jobs._folder import INCOMPLETE, start_folder
-
-    marker = out.resolve().with_name(f"{out.resolve().name}.tmp") / INCOMPLETE
-    if marker.is_file():
-        with marker.open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another build is writing {out}", "wait for it, or choose another --out"
-                ) from None
-    temporary = start_folder(out)
-    with marker.open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield temporary
 
 
 @dataclass

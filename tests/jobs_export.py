@@ -13,12 +13,11 @@ def adapter_on(
     """An adapter whose B is not zero, with the record that training leaves beside it."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    from moesmith.models.checkpoint import base_record
+    from moesmith.models.checkpoint import base_record, model_class, read_config
     from moesmith.models.layers import adapter_targets
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = model_class(read_config(base)).from_pretrained(base, dtype=torch.bfloat16)
     record = base_record(model, base)
     modules, parameters = adapter_targets(model, placements)
     torch.manual_seed(1)

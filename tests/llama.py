@@ -22,6 +22,29 @@ from moesmith.export.llama_cpp import LlamaCpp, LlamaServer
 
 PRE = "gpt-2"  # any name will do: the tests send token ids
 
+YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+    "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
+}  # fmt: skip
+MROPE = {
+    "rope_type": "default", "rope_theta": 5000000.0, "mrope_interleaved": True, "mrope_section": [6, 5, 5],
+}  # fmt: skip
+GOOD: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_key_value_heads": 4},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen2_moe": {},
+    "mixtral": {"sliding_window": None},
+    "gpt_oss": {"rope_parameters": YARN},
+    "gemma4": {"text_config__global_head_dim": 32, "text_config__final_logit_softcapping": 30.0},
+    "granitemoe": {},
+    "qwen3_next": {},
+    "qwen3_vl_moe": {
+        "text_config__rope_parameters": MROPE,
+        "vision_config__deepstack_visual_indexes": [],  # as many as the tiny text model has layers, otherwise
+    },
+}
+"""family -> what llama.cpp's graph fixes and transformers' defaults or `tiny` have otherwise"""
+
 
 @pytest.fixture(scope="session")
 def llama() -> LlamaCpp:

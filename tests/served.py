@@ -30,6 +30,8 @@ from moesmith.serve.engine import Engine, Served
 from moesmith.serve.limits import Limits
 
 BASE, ADAPTERS = "tiny", ("first", "second")
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}}}}]  # fmt: skip
 
 
 def tokenizer() -> Any:
@@ -111,6 +113,12 @@ class Running:
     def client(self, key: str = "none", **options: Any) -> Any:
         """The real OpenAI client, without retries; one for the same arguments."""
         return _client(self.url, key, **{"max_retries": 0, "timeout": 60} | options)
+
+
+def ask(client: Any, name: str = BASE, text: str = "hi", **options: Any) -> Any:
+    """A short greedy answer."""
+    options = {"max_tokens": 12, "temperature": 0} | options
+    return client.chat.completions.create(model=name, messages=[{"role": "user", "content": text}], **options)
 
 
 @functools.cache

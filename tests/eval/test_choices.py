@@ -83,6 +83,81 @@ def test_the_letter_is_the_one_that_a_person_reads(answer: str, wanted: str | No
     assert read.rule in RULES and tight.rule in RULES and read.why
 
 
+SPEEDS = ["3 m/s", "25 %", "12 m/s", "None of the above"]
+LENGTHS = ["2 m", "4 m", "8 m", "16 m"]
+RINGS = ["Benzene", "Toluene", "Benzene and toluene", "Phenol"]
+
+# (choices, answer, what a person reads); written after the rules, by someone who had not seen them
+HARD = [
+    # quoted choices beside the letter, LaTeX, Markdown
+    (SPEEDS, "Answer: C) 12 m/s", "C"), (SPEEDS, "c) 12 m/s", "C"), (SPEEDS, "answer: c) 12 m/s", "C"),
+    (SPEEDS, "\\boxed{\\text{C) 12 m/s}}", "C"), (SPEEDS, "$\\boxed{12\\ \\text{m/s}}$", "C"),
+    (SPEEDS, "$$\\boxed{\\textbf{(C)}}$$", "C"), (SPEEDS, "The answer is \\text{C}.", "C"),
+    (LENGTHS, "First \\boxed{4 m}.\n\nFinally \\boxed{8\\,\\mathrm{m}}", "C"),
+    (LENGTHS, "$8\\,\\text{m}$", "C"), (LENGTHS, "\\boxed{4}", None), (LENGTHS, "\\boxed{A, C}", None),
+    (SPEEDS, "__C__", "C"), (SPEEDS, "***C***", "C"), (SPEEDS, "- **C) 12 m/s** ✅", "C"),
+    (SPEEDS, "## Final Answer\n\n**Option C** – 12 m/s", "C"),
+    (SPEEDS, "So the correct option is:\n\n> C. 12 m/s", "C"),
+    (SPEEDS, '```json\n{"answer": "C"}\n```', "C"), (SPEEDS, "<answer>(C) 12 m/s</answer>", "C"),
+    # signs of other languages
+    (SPEEDS, "答案：Ｃ", "C"), (SPEEDS, "The answer is «C».", "C"), (SPEEDS, "The answer is 「C」", "C"),
+    (SPEEDS, "正确答案是（C）。", "C"), (SPEEDS, "The answer is Ｃ．", "C"), (SPEEDS, "Antwort: C。", "C"),
+    # tables and lists of verdicts
+    (SPEEDS, "| Choice | |\n|---|---|\n| A | wrong |\n| B | wrong |\n| C | correct |\n| D | wrong |", "C"),
+    (SPEEDS, "| A | ❌ |\n| B | ❌ |\n| C | ✅ |\n| D | ❌ |", "C"), (SPEEDS, "(A) ✗ (B) ✗ (C) ✓ (D) ✗", "C"),
+    (SPEEDS, "A: incorrect\nB: incorrect\nC: correct\nD: incorrect", "C"),
+    (SPEEDS, "A: correct\nB: correct\nC: correct\nD: incorrect", None),
+    (SPEEDS, "| Option | Value |\n|---|---|\n| (A) | 3 |\n| (B) | 25 |\n\n**Answer: (B)**", "B"),
+    # a change of mind
+    (SPEEDS, "The answer is A... no wait, the answer is C.", "C"),
+    (SPEEDS, "The answer is B. Actually, it's C.", "C"),
+    (SPEEDS, "Answer: B\n\nCorrection: the answer is C.", "C"),
+    (SPEEDS, "I initially thought the answer was B, but it is C.", "C"),
+    (SPEEDS, "The answer would be B if friction mattered, but it does not, so C.", "C"),
+    (LENGTHS, "The answer is B, no, C.", None), (LENGTHS, "The answer is B, I mean C.", None),
+    (LENGTHS, "The answer is B, no doubt.", "B"), (LENGTHS, "The answer is 4 m... wait, 8 m.", None),
+    # several
+    (SPEEDS, "A and B", None), (SPEEDS, "Options A and C are both correct.", None),
+    (SPEEDS, "Answer: A, B", None),
+    (LENGTHS, "Answer: B (or possibly C)", None), (LENGTHS, "The answer is B C.", None),
+    (LENGTHS, "Answer:\nA\nB\nC\nD", None), (LENGTHS, "Answer: (A) (B) (C) (D)", None),
+    (LENGTHS, "Answer: B\nB\nB", "B"), (LENGTHS, "Answer: B\n\nA. 2 m is too short.", "B"),
+    (SPEEDS, "(C) because p is conserved, while (A) and (B) are not.", "C"),
+    # in words
+    (SPEEDS, "The answer is **none of the above**.", "D"),
+    (RINGS, "None of the above is right. The answer is (B).", "B"),
+    (RINGS, "The answer is Benzene and toluene.", "C"), (RINGS, "The answer is benzene or toluene.", None),
+    (RINGS, "The answer is toluene and not benzene.", "B"), (LENGTHS, "The answer is 8 m/s.", None),
+    (LENGTHS, "The answer is 4 m or 8 m.", None), (LENGTHS, "The answer is 8 m (C), not 4 m (B).", "C"),
+    (LENGTHS, "-8 m", None), (LENGTHS, "The answer is 16 m², not a choice.", None),
+    # names that are letters
+    (SPEEDS, "The reaction A→B is fast.", None), (SPEEDS, "A + B → C", None), (LENGTHS, "P(A)", None),
+    (LENGTHS, "Figure (A) shows it.", None), (LENGTHS, "We choose C as the constant of integration.", None),
+    (LENGTHS, "I choose C as my answer.", "C"), (LENGTHS, "I choose C as the best answer.", "C"),
+    (LENGTHS, "Select A from the set. Then B follows.", None),
+    (SPEEDS, "A particle moves. The answer is a good question.", None),
+    (SPEEDS, "Answer: A particle at 12 m/s", None), (SPEEDS, "The field is B_1 and A_{2}.", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("choices", "answer", "wanted"), HARD)
+def test_hard_answers_are_read_as_a_person_reads_them_or_not_at_all(
+    choices: list[str], answer: str, wanted: str | None
+):
+    read = flexible(answer, choices)
+    assert read.letter == wanted, (read.rule, read.candidates)
+    assert strict(answer, choices).letter in (None, wanted)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["The answer is (B)? No, (C).", "The correct answer is not B but C.", "Die Antwort ist C.", "12 m/s → C",
+     "Eliminate A. Eliminate B. Eliminate D. C remains.", "Correct: C. Incorrect: A, B, D."],
+)  # fmt: skip
+def test_where_the_rules_are_at_their_end_no_letter_is_guessed(answer: str):
+    assert flexible(answer, SPEEDS).letter is None, "a person reads C here; another letter would be worse"
+
+
 @pytest.mark.parametrize("letter", "ABCD")
 @pytest.mark.parametrize(
     "form", ["{}", "({})", "**{}**", "\\boxed{{{}}}", "The answer is ({}).", "Answer: {}"]

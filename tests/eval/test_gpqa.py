@@ -128,6 +128,11 @@ def test_rows_that_are_no_questions_are_counted(tmp_path):
     assert counts.read == 6 == counts.kept + sum(counts.dropped.values())
 
 
+def test_zero_is_an_answer_and_no_empty_cell(tmp_path):
+    found, counts = read_questions(write(tmp_path / "q.jsonl", [row(1, **{"Correct Answer": 0})]))
+    assert counts.dropped == {} and found[0].choices["ABCD".index(found[0].gold)] == "0"
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

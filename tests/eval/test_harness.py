@@ -346,7 +346,7 @@ def test_nothing_but_progress_is_on_stderr(model, tok, folder, tmp_path, capfd):
 class Served:
     """A server of the tiny model with OpenAI's two routes, as far as lm-eval asks them."""
 
-    def __init__(self, model, tok, echo=True, fails=0):
+    def __init__(self, model, tok, echo=True, fails=0, broken=False):
         self.model, self.tok, self.echo, self.fails, self.asked = model, tok, echo, fails, []
         outer = self
 
@@ -365,10 +365,10 @@ class Served:
                     self.send_response(500)
                     self.end_headers()
                     return
-                self.answer(outer.reply(self.path, body))
+                self.answer(None if broken else outer.reply(self.path, body))
 
             def answer(self, facts):
-                data = json.dumps(facts).encode()
+                data = b"{no" if broken else json.dumps(facts).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(data)))
@@ -453,6 +453,23 @@ def test_a_server_that_keeps_failing_is_one_line(folder, served, tmp_path):
     with pytest.raises(UserError, match="the server failed: .*500") as caught:
         asked(lm, read_tasks(["sums"], folder, limit=1), tmp_path / "s.jsonl")
     assert "goes on" in caught.value.hint
+
+
+@pytest.mark.parametrize("found", [{}, {"choices": [{"index": 0, "message": {"content": None}}]}])
+def test_a_server_that_answers_without_content_has_answered_nothing(folder, served, tmp_path, found):
+    server = served()
+    server.reply = lambda path, body: found
+    lm = on_server(server.url, "tiny", tokenizer=None, room=None, concurrency=2, chat=True, seed=0)
+    got, _ = asked(lm, read_tasks(["sums"], folder, limit=2), tmp_path / "s.jsonl")
+    assert [item.answer for item in got.items] == ["", ""]
+    assert [score.right for score in got.scores] == [0]
+
+
+def test_a_server_that_answers_no_json_is_one_line(folder, served, tmp_path):
+    server = served(broken=True)
+    lm = on_server(server.url, "tiny", tokenizer=None, room=None, concurrency=2, chat=True, seed=0)
+    with pytest.raises(UserError, match="the server failed"):
+        asked(lm, read_tasks(["sums"], folder, limit=1), tmp_path / "s.jsonl")
 
 
 def test_a_server_without_log_probabilities_of_prompts_is_found_out(served):

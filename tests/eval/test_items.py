@@ -114,3 +114,12 @@ def test_tasks_that_only_one_run_has_are_left_out():
 def test_an_item_comes_back_from_its_line():
     one = Item("t", 3, "k", "a", "prompt", "B", "A", {"acc": 0.0}, ["A", "B"], [-1.0, -2.0])
     assert Item.from_dict(one.facts()) == one and "filtered" not in one.facts()
+
+
+def test_items_without_a_value_are_left_out_of_a_mean_that_leaves_them_out():
+    nan = float("nan")
+    assert interval_of([nan, 0.25, 0.75, nan], "nanmean") == interval_of([0.25, 0.75], "mean")
+    (row,) = compare(run("t", [nan, 0.0, 0.5]), run("t", [1.0, 0.5, 0.5]), [score("t", form="nanmean")])[
+        "rows"
+    ]
+    assert (row["n"], row["a"], row["b"]) == (2, 0.25, 0.5) and row["interval"] is not None

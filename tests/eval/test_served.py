@@ -262,3 +262,37 @@ def test_stopping_lets_go_of_the_questions_under_way(serve):
             raise KeyboardInterrupt
     assert time.monotonic() - started < 10 and len(fake.asked) <= 3
     hang.set()
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        {},
+        "no JSON",
+        {"choices": [None]},
+        {"choices": "x"},
+        {"choices": [{"message": "B"}]},
+        {"choices": [{}]},
+    ],
+)
+def test_an_answer_without_a_message_is_asked_for_again_then_said(serve, found):
+    fake, server = serve(lambda body: (200, found))
+    told = []
+    server.tries, server.pause, server.say = 2, 0.0, told.append
+    with pytest.raises(UserError, match="no answer after 2 tries"):
+        server.ask("?", max_tokens=9)
+    assert len(fake.asked) == 2 and len(told) == 1 and "asked again" in told[0]
+
+
+def test_content_in_parts_and_no_content_are_read(serve):
+    parts = [{"type": "text", "text": "The answer "}, {"type": "text", "text": "is (B)."}]
+    found = iter([parts, None, 7])
+    _, server = serve(lambda body: said(next(found)))
+    assert [server.ask("?", max_tokens=9).answer for _ in range(3)] == ["The answer is (B).", "", ""]
+
+
+def test_a_line_end_behind_the_key_is_no_part_of_it(serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    fake, server = serve()
+    server.ask("?", max_tokens=9)
+    assert fake.headers[0]["Authorization"] == "Bearer secret"

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import PRE, build, llama, prompts, save, worst
+from llama import GOOD, PRE, YARN, build, llama, prompts, save, worst
 from moesmith.errors import UserError
-from moesmith.export import tools
+from moesmith.export import llama_cpp, tools
 from moesmith.export.gguf import check_gguf
 from moesmith.export.llama_cpp import LlamaCpp, read_importance, read_quantized
 from moesmith.models.headers import read_json
@@ -99,8 +99,28 @@ def test_a_tree_from_before_conversion_was_a_folder_is_none(bare: Path, tmp_path
     (old / "gguf-py").mkdir(parents=True)
     (old / "convert_hf_to_gguf.py").touch()
     fake_tools(old)
-    with pytest.raises(UserError, match="no the converter"):
+    with pytest.raises(UserError, match="no converter"):
         LlamaCpp.find(old)
+
+
+def test_a_named_folder_without_any_part_of_it_is_refused(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Though all of it is in the cache: the user meant another one."""
+    fake_tree(bare / "tree")
+    fake_tools(bare / "bin")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no part of llama.cpp"):
+        LlamaCpp.find(tmp_path / "empty")
+
+
+def test_a_tool_that_runs_says_how_far_it_is():
+    script = "for i in 1 2 4; do echo \"[$i]12.5,\"; done; echo 'Writing:  50%|xx'; echo '[ 3/ 4] blk'"
+    for pattern, total, last in ((llama_cpp._CHUNKS, 4, 1.0), (llama_cpp._WRITING, None, 0.5),
+                                 (llama_cpp._TENSORS, None, 0.75)):  # fmt: skip
+        shares: list[float] = []
+        said = tools.run(["sh", "-c", script], "x", on_text=llama_cpp._shares(pattern, shares.append, total))
+        assert shares[-1] == last and said.endswith("blk\n")
 
 
 # ---------------------------------------------------------------- fetching
@@ -257,20 +277,6 @@ def test_an_importance_matrix_names_experts_that_saw_nothing():
 
 # ---------------------------------------------------------------- the same model
 
-YARN = {
-    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
-    "original_max_position_embeddings": 4096, "rope_theta": 150000.0,
-}  # fmt: skip
-GOOD: dict[str, dict[str, Any]] = {
-    "olmoe": {"num_key_value_heads": 4},
-    "qwen3_moe": {"norm_topk_prob": True},
-    "qwen2_moe": {},
-    "mixtral": {"sliding_window": None},
-    "gpt_oss": {"rope_parameters": YARN},
-    "gemma4": {"text_config__global_head_dim": 32, "text_config__final_logit_softcapping": 30.0},
-    "granitemoe": {},
-    "qwen3_next": {},
-}
 # Gemma's GELU comes from a table of 16-bit values; everything else is the order of sums.
 ROUNDING = {"gemma4": 1e-2}
 

@@ -339,7 +339,7 @@ def test_requests_that_do_not_fit_are_left_out_and_said(plain, files, capsys, mo
         ({"--tools": "EMPTY"}, "EMPTY"),
         ({"--adapter": "nowhere"}, "adapter: no such file: nowhere"),
         ({"--against": "nowhere"}, "against: no such file: nowhere"),
-        ({"--against": "FOLDER"}, "has no answers.jsonl"),
+        ({"--against": "FOLDER"}, "has no eval.json"),
         ({"--out": "MODEL"}, "exists"),
         ({"--max-new-tokens": "2000"}, "none of 5 requests can be asked"),
         ({"--limit": "0"}, "limit=0"),

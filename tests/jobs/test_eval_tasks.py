@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from chats import tokenizer
+from chats import tokenizer, write_jsonl
 from moesmith import cli
 from moesmith.eval.items import Item
 from tasks import lines, write_tasks
@@ -185,6 +185,12 @@ def test_what_is_refused_before_anything_is_asked(plain, files, capsys, monkeypa
             capsys, files, plain, "--against", files / "run", *more, tasks=tasks, out="again"
         )
         assert status == 2 and said in err
+    rows = lines(files / "run" / "samples.jsonl")
+    rows[1]["key"] = "another"
+    write_jsonl(files / "run" / "samples.jsonl", rows)
+    more = ("--against", files / "run", "--limit", 2)
+    status, _, err = run(capsys, files, plain, *more, tasks="choices", out="again")
+    assert status == 2 and f"choices: item {rows[1]['id']} is another one in the earlier run" in err
     status, _, err = run(capsys, files, plain)
     assert status == 2 and "exists" in err
 

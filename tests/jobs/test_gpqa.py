@@ -178,7 +178,10 @@ def test_a_run_of_other_questions_is_no_run_to_compare_with(file, start, capsys)
     (other / "eval.json").write_text("{}")
     (other / "answers.jsonl").write_text("")
     status, _, err = ask(capsys, file, "--server", "http://127.0.0.1:1", "--against", other)
-    assert status == 2 and "is a run of other questions" in err
+    assert status == 2 and "is a run of --requests" in err and "`moesmith eval --gpqa`" in err
+    (other / "eval.json").write_text("no JSON")
+    status, _, err = ask(capsys, file, "--server", "http://127.0.0.1:1", "--against", other)
+    assert status == 2 and "is no record of a run" in err
 
 
 # ---------------------------------------------------------------- a model in memory

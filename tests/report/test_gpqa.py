@@ -54,7 +54,7 @@ def test_every_section_is_there_and_says_what_was_counted():
     keys = [part.key for part in gpqa.sections(facts())]
     assert keys == ["gpqa", "gpqa-letters", "gpqa-lengths", "gpqa-audit"]
     text = Page(rendered(facts())).text.replace("\N{NO-BREAK SPACE}", " ")
-    assert "109e answers 71.5 % [66.5, 76.5] right; guessing gives 25.0 %." in text
+    assert "Right answers of 109e: 71.5 % [66.5, 76.5]; guessing gives 25.0 %." in text
     assert "143 right, 56 wrong and 1 without a letter are 200." in text
     assert "109e against 128e: −3.5 points [−9.0, +2.0], p = 0.30 (they may be the same)." in text
     assert "30 of 200 answers of 109e deserve a look." in text and "29 more are in answers.jsonl" in text

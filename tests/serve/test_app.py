@@ -13,10 +13,9 @@ import pytest
 
 import chats
 import served
-import tool_templates
 from moesmith.serve import app as room
 from moesmith.serve import batching, streams
-from moesmith.serve.calls import Speaker
+from served import TOOLS, ask
 
 # One client: every new one reads the machine's certificates again.
 HTTP = http.Client(timeout=60, limits=http.Limits(max_keepalive_connections=0))
@@ -53,11 +52,6 @@ def wait_until(true):
         time.sleep(0.01)
 
 
-def ask(client, name=served.BASE, text="hi", **options):
-    options = {"max_tokens": 12, "temperature": 0} | options
-    return client.chat.completions.create(model=name, messages=[{"role": "user", "content": text}], **options)
-
-
 def post(running, path="/v1/chat/completions", **options):
     options = options or {"json": ASK}
     return HTTP.post(running.url + path, **options)
@@ -68,7 +62,9 @@ def post(running, path="/v1/chat/completions", **options):
 
 def test_every_name_is_listed_and_answers_in_its_own_way(running):
     client = running.client()
-    assert [model.id for model in client.models.list()] == list(NAMES)
+    listed = list(client.models.list())
+    assert [model.id for model in listed] == list(NAMES)
+    assert {model.max_model_len for model in listed} == {running.engine.context}
     answers = [ask(client, name) for name in NAMES]
     assert len({answer.choices[0].message.content for answer in answers}) == len(NAMES)
     one = answers[0]
@@ -199,80 +195,6 @@ def test_text_and_its_tokens_are_one_prompt_and_streams_add_up(running):
         prompt="abc def", stream=True, echo=True, **options | {"logprobs": None}
     )
     assert "".join(part.choices[0].text for part in echoed) == "abc def" + text.choices[0].text
-
-
-# ---------------------------------------------------------------- tools
-
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer"}}}}}]  # fmt: skip
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-
-
-@pytest.fixture
-def says(running, monkeypatch):
-    """says(text): the model writes this text, whatever it is asked."""
-    words = chats.tokenizer(tool_templates.PUBLISHED["hermes"])
-    speaker = Speaker.of(words, running.engine.model.generation_config)
-    monkeypatch.setitem(running.engine.speakers, served.BASE, speaker)
-    seen = []
-
-    def set_text(text):
-        ids = [*words.encode(text, add_special_tokens=False), words.convert_tokens_to_ids("<|im_end|>")]
-
-        def choose(row, how, before):
-            return batching.Token(ids[len(before)])
-
-        monkeypatch.setattr(batching, "choose", choose)
-        submit = running.engine.submit
-
-        def watched(name, prompt, *rest):
-            seen.append(words.decode(prompt))
-            return submit(name, prompt, *rest)
-
-        monkeypatch.setattr(running.engine, "submit", watched)
-        return seen
-
-    return set_text
-
-
-def test_calls_come_as_calls_whole_and_streamed(running, says):
-    seen = says(f"Sure.\n{CALL}\n{CALL}")
-    client = running.client()
-    message = ask(client, tools=TOOLS, max_tokens=200).choices[0]
-    assert (message.finish_reason, message.message.content) == ("tool_calls", "Sure.")
-    calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.message.tool_calls]
-    assert calls == [("add", {"a": 1})] * 2
-    assert len({call.id for call in message.message.tool_calls}) == 2
-    assert '"name": "add"' in seen[0], "the tools are in the prompt"
-    choices = [part.choices[0] for part in ask(client, tools=TOOLS, max_tokens=200, stream=True)]
-    assert choices[-1].finish_reason == "tool_calls"
-    pieces = [call for one in choices for call in one.delta.tool_calls or []]
-    assert [(one.index, one.function.name) for one in pieces] == [(0, "add"), (1, "add")]
-
-
-def test_a_client_may_want_one_call_at_a_time(running, monkeypatch):
-    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
-    monkeypatch.setattr(Speaker, "read_calls", lambda self, ids, tools: ("", [call, call]))
-    for single, wanted in ((True, 2), (False, 1)):
-        message = (
-            ask(running.client(), tools=TOOLS, max_tokens=2, parallel_tool_calls=single).choices[0].message
-        )
-        assert (len(message.tool_calls), message.content) == (wanted, None)
-
-
-def test_results_of_calls_go_into_the_prompt_and_without_tools_a_call_is_text(running, says):
-    seen = says(CALL)
-    client = running.client()
-    first = ask(client, tools=TOOLS, max_tokens=200).choices[0].message
-    history = [ASK["messages"][0], first.model_dump(exclude_none=True), {
-        "role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "the sum is 2"}]  # fmt: skip
-    client.chat.completions.create(model=served.BASE, messages=history, tools=TOOLS, max_tokens=5)
-    assert CALL in seen[1] and "the sum is 2" in seen[1]
-    plain = ask(client, max_tokens=200).choices[0]
-    assert (plain.message.content, plain.message.tool_calls) == (CALL, None)
-    none = ask(client, max_tokens=200, tools=TOOLS, tool_choice="none").choices[0]
-    assert (none.message.tool_calls, none.finish_reason) == (None, "stop")
-    assert '"name": "add"' not in seen[-1]
 
 
 # ---------------------------------------------------------------- refusals

@@ -16,7 +16,7 @@ import served
 from moesmith import cli, console
 from moesmith.errors import UserError
 from moesmith.jobs import serve as job
-from moesmith.jobs.serve import Config, named_adapters, read_key, read_size
+from moesmith.jobs.serve import Config, named_adapters, read_size
 from moesmith.models.checkpoint import fingerprint
 from moesmith.serve.limits import Limits, is_loopback
 
@@ -59,15 +59,6 @@ def test_sizes_as_people_write_them(text, nbytes):
 def test_what_is_no_size(text):
     with pytest.raises(UserError, match="max_body"):
         read_size(text)
-
-
-def test_a_key_is_a_word_or_the_first_line_of_a_file(tmp_path):
-    (tmp_path / "key").write_text("from-file\nsecond line\n")
-    assert (read_key(None), read_key("word"), read_key(str(tmp_path / "key"))) == (None, "word", "from-file")
-    (tmp_path / "empty").write_text("\n")
-    for wrong in (tmp_path / "empty", tmp_path / "missing", " ", "schlüssel"):
-        with pytest.raises(UserError, match="api_key"):
-            read_key(str(wrong))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +190,7 @@ def test_a_signal_ends_the_server_after_the_answer_that_is_being_written(when_it
         console.set_json(False)
     written = capsys.readouterr()
     assert json.loads(written.out)["url"] == url
-    assert "1 answers have 20 s" in written.err and "stopped" in written.err
+    assert "1 answer has 20 s" in written.err and "stopped" in written.err
     assert lines[-2] == b"data: [DONE]\n", "the answer was finished"
     assert sum(b'"content": "' in line for line in lines) > 30
     assert engine.active() == 0
@@ -207,11 +198,12 @@ def test_a_signal_ends_the_server_after_the_answer_that_is_being_written(when_it
         urllib.request.urlopen(f"{url}/health", timeout=5)
 
 
-def test_an_answer_that_outlasts_the_grace_is_cut(when_it_serves, capsys):
+def test_an_answer_that_outlasts_the_grace_is_cut_and_its_client_is_told(when_it_serves, capsys):
     engine = served.engine()
     bound = job.listen("127.0.0.1", 0)
-    body = chat_body(max_tokens=100)
+    body = chat_body(max_tokens=100, stream=True)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+    heard = []
 
     def client():
         with engine.exclusive("tiny"):  # nothing moves
@@ -220,13 +212,14 @@ def test_an_answer_that_outlasts_the_grace_is_cut(when_it_serves, capsys):
             while engine.active() == 0:
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
-            while engine.active() == 1:
-                time.sleep(0.01)
+            heard.extend(iter(lambda: connection.recv(1000), b""))
         connection.close()
 
     when_it_serves(client)
-    job.serve(engine, Limits(), bound, Config(model="x", grace=1))
+    job.serve(engine, Limits(), bound, Config(model="x", grace=0.5))
     assert engine.active() == engine.held() == 0
+    assert b'"message": "the server stops"' in b"".join(heard)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.slow  # a process of its own loads the libraries again

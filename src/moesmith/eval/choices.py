@@ -86,10 +86,10 @@ def _compile(pattern: str, flags: int = 0) -> re.Pattern[str]:
 
 
 _WRAP = r"\\(?:text\w*|math\w+|bf|rm|boxed|fbox|mbox|displaystyle)\b"
-_OPEN = rf"(?:[*_`$\"'“‘(\[{{<]|{_WRAP}|\\[(\[]|(?<=[\\({{$\[])\s){{0,12}}"
-_CLOSE = r"(?:[*_`$\"'”’)\]}>]|\\[)\]]){0,12}"
+_OPEN = rf"(?:[*_`$\"'“‘«「(\[{{<]|{_WRAP}|\\[(\[]|(?<=[\\({{$\[])\s){{0,12}}"
+_CLOSE = r"(?:[*_`$\"'”’»」)\]}>]|\\[)\]]){0,12}"
 # After a letter no word may go on: not "C6", "D-glucose", "A/B", "B's", "A_1", "C=O".
-_END = r"(?![\w°])(?![-–=/+^_'’][\w(])"
+_END = r"(?![^\W_]|°|_[^\W_]|_[{\\])(?![-–=/+^'’][\w(])"
 # "A proton" is no letter; "A because", "A and", "A is" are.
 _ARTICLE = (
     r"(?!(?<=[Aa]) (?!(?:because|since|as|due|with|and|or|which|that|for|from|is|was|but|based|given|by|"
@@ -100,7 +100,7 @@ _ARTICLE = (
 def _letter(letters: str, name: str = "l") -> str:
     """A letter with whatever is put around it: `(B)`, `**B**`, `\\boxed{\\text{B}}`, `B`."""
     low = letters.lower()
-    bare = rf"[{letters}](?=[\s*_`$\"'”’)\]}}><.,;:!?)—]|\\[)\]]|$)"
+    bare = rf"[{letters}](?=[\s*_`$\"'”’»」)\]}}><.,;:!?)。、—]|\\[)\]]|$)"
     # A small letter counts in brackets, or where the sentence ends behind it: `a` is a word.
     small = rf"(?<=[(\[{{*])[{low}](?=[)\]}}*])|[{low}](?=~(?:[.,;:!)]|\n|$))"
     return rf"{_OPEN}(?P<{name}>(?:{bare})|(?:{small})){_END}{_ARTICLE}{_CLOSE}"
@@ -144,7 +144,9 @@ class _Patterns:
             rf"|\b(?:so|therefore|thus|hence|consequently)\b,?~"
             rf"(?:it (?:is|must be) |it's |it’s )?(?:(?:option|choice|answer) )?"
             rf"|\bit(?:'s|’s| is| must be| has to be) (?:(?:option|choice|therefore|clearly) )*"
-            rf")){one}(?P<tail>~(?:,|/|or|and|&)~(?:(?:option|choice) )?{_letter(letters, 'other')})?"
+            rf")){one}(?P<tail>~\(?(?:,|/|or|and|&)~(?:(?:option|choice|possibly|maybe|perhaps) )?"
+            rf"{_letter(letters, 'other')}"
+            rf"|~{_letter(letters, 'next')}(?=[\s.]*(?:\Z|\n|[(*]*[{letters}][)*\s])))?"  # a list of letters
         )
         self.correct = _compile(
             rf"(?i:\b(?:option|choice|answer|only|statement) )*{one}"
@@ -155,21 +157,24 @@ class _Patterns:
             rf"(?:correct|right|answer|best|true|choice|option|match|left|consistent|closest|solution|possible|"
             rf"one)\b"
             rf"|\b(?:corresponds?(?: exactly| closely)? to|match(?:es|ing)?|agrees with|points to|"
-            rf"closest to|consistent with|equivalent to|leaves(?: us with)?|which is|i\.e\.,?|"
-            rf"⇒|→|=>)~{_FILL}{_letter(letters, 'm')}"
+            rf"closest to|consistent with|equivalent to|leaves(?: us with)?|which is|i\.e\.,?)~"
+            rf"{_FILL}{_letter(letters, 'm')}"
             rf"|\b{_OPEN}{one.replace('(?P<l>', '(?P<n>')} (?:it is|works|fits|it must be)\b"
+            rf"|{one.replace('(?P<l>', '(?P<v>')}~[|:–-]?~(?:correct\b|✓|✔|✅)"  # a list or table of verdicts
         )
         self.line = _compile(
             rf"^[\x20\t>#\-]*(?:(?:option|choice) )?{one}[\x20\t.!]*$", re.M | re.I
         )  # nothing beside it
         self.mention = _compile(rf"(?<![\w\\^_/]){one}")
+        self.head = _compile(rf"\A~{one}[\s,.]*(?:because|since|as|due to)\b")
+        self.beside = _compile(rf"~(?:,|/|or|and|&)~{one}")
 
 
 _CACHE: dict[str, _Patterns] = {}
 _DENIED = re.compile(
     r"(?:\bnot|n['’]t|\b(?:never|cannot|neither|nor|no|rule[sd]?\s+out|ruling\s+out|eliminat\w+|exclud\w+|reject\w*|"
     r"dismiss\w*|discard\w*|instead\s+of|rather\s+than|other\s+than|except|unlike|against)"
-    r"|\b(?:incorrect|wrong|false)\s+(?:answer|choice|option)\s+is)\s*(?:\w+\s+){0,2}[\W_]*$", re.I,
+    r"|\b(?:incorrect|wrong|false)\s+(?:answer|choice|option)\s+is)\s*(?:\w+\s+){0,2}(?:[^\w,;]|_)*$", re.I,
 )  # fmt: skip
 _DENIAL = re.compile(
     r"^[\W_]*(?:[^.\n!?;,]{0,60}?)\b(?:is|are|was|seems|can|could|would|does|do|must|has|being|=|:|looks|appears)?"
@@ -182,14 +187,20 @@ _SUPPOSED = re.compile(
 )
 _MAYBE = re.compile(r"\b(?:could|might|may)\b", re.I)
 _TAKEN_BACK = re.compile(
-    r"(?:^|[.!?…\n)*\"]|\.\.\.|—|-)\s*(?:but\s+|oh,?\s+)?"
+    r"(?:,\s*(?:no,|I\s+mean\b|sorry\b|or\s+rather\b)"
+    r"|(?:^|[.!?…\n)*\"]|\.\.\.|—|-)\s*(?:but\s+|oh,?\s+)?"
     r"(?:wait|hold\s+on|hmm+|actually,?\s+no|no,?\s+(?:wait|that|this|it)|scratch\s+that|on\s+second\s+thought|"
     r"I\s+made\s+(?:a|an)\s+(?:mistake|error)|that(?:'s|’s|\s+is)\s+(?:wrong|not\s+right|incorrect)|"
-    r"let\s+me\s+(?:reconsider|rethink|start\s+over|try\s+again))\b", re.I,
+    r"let\s+me\s+(?:reconsider|rethink|start\s+over|try\s+again))\b)", re.I,
 )  # fmt: skip
-_LOOSE = re.compile(
-    r"(?:so|therefore|thus|hence|consequently|it)\b", re.I
-)  # cues that other letters follow too
+_LOOSE = re.compile(r"(?:so|therefore|thus|hence|consequently|it)\b", re.I)  # other letters follow too
+_CHOSEN = re.compile(r"\b(?:choos|pick|select)\w*\s", re.I)
+_PURPOSE = re.compile(
+    rf"\s+(?:from|such|as\s+(?:the|an?|our)\s+(?!(?:\w+\s+)?(?:{_NOUN}|one|best|correct)\b))", re.I
+)
+_NAMED = re.compile(  # "P(A)", "figure (A)": no choice
+    r"(?:\b[a-z]|\bPr)\(\Z|\b(?:figure|fig\.|panel|table|equation|eq\.|step|case|part)\s+\(?\Z", re.I
+)
 _CLAUSE_ENDS = re.compile(
     r"[*_`$\"'”’)\]}]*\s*(?:[.,;:!]|\n|\Z|(?:because|since|as|with|and\s+not|not|rather)\b"
     r"|(?:is|must\s+be)\s+(?:the\s+)?(?:correct|right|best|answer|only))", re.I,
@@ -259,9 +270,8 @@ def flexible(text: str, choices: Sequence[str]) -> Reading:
     called = _called(text, pattern)
     everything = sorted([*everything, *called], key=lambda one: one.start)
     if called:
-        back = _TAKEN_BACK.search(
-            text, called[0].end
-        )  # what was called correct before a second thought is past
+        # What was called correct before a second thought is past.
+        back = _TAKEN_BACK.search(text, called[0].end)
         later = [one for one in called if back and one.start > back.start()] or called
         if len({one.letter for one in later}) == 1:
             return _decided(later[-1], everything)
@@ -271,6 +281,9 @@ def flexible(text: str, choices: Sequence[str]) -> Reading:
         return _decided(worded, everything)
     free = [one for one in mentions if not one.against]
     if len({one.letter for one in everything}) == 1 and free and not any(one.against for one in everything):
+        beside = pattern.beside.match(text, free[-1].end)
+        if beside and beside["l"].upper() != free[-1].letter:
+            return Reading(None, "both", free[-1].start, beside.end("l"), everything)
         return Reading(free[-1].letter, "only", free[-1].start, free[-1].end, everything)
     if mentions:
         return Reading(None, "several", mentions[-1].start, mentions[-1].end, everything)
@@ -328,15 +341,21 @@ def _boxed(text: str, pattern: _Patterns) -> list[Candidate]:
 def _statements(text: str, pattern: _Patterns, choices: Sequence[str]) -> list[Candidate]:
     """Every place that says what the answer is, those that do not count with the reason."""
     found = _boxed(text, pattern)
+    head = pattern.head.match(text)
+    if head and not _against(text, head.start("l"), head.end("l"), head.start()):
+        found.append(Candidate(head["l"].upper(), "stated", head.start("l"), head.end("l")))
     for match in pattern.stated.finditer(text):
         start, end = match.start(), match.end("l")
         if _LOOSE.match(match.group()) and not _set_apart(text, match.start("l"), end):
             continue  # "so, B grows": the letter is a name
+        if _CHOSEN.search(match.group()) and _PURPOSE.match(text, match.end()):
+            continue  # "we choose C as the origin"
         against = _against(text, match.start("l"), end, start)
-        if match["tail"] and match["other"].upper() != match["l"].upper() and not against:
+        other = (match["other"] or match["next"] or match["l"]).upper()
+        if other != match["l"].upper() and not against:
             against = "" if _DENIAL.match(text[match.end() : match.end() + 80]) else "both"
         found.append(Candidate(match["l"].upper(), "stated", start, match.end("l"), against))
-    found += _named(text, choices)
+    found += _named(text, pattern, choices)
     return sorted(found, key=lambda one: one.start)
 
 
@@ -344,7 +363,7 @@ def _called(text: str, pattern: _Patterns, start: int = 0) -> list[Candidate]:
     """Letters that are called correct, or that what was found is said to match."""
     found = []
     for match in pattern.correct.finditer(text, start):
-        name = next(name for name in ("l", "m", "n") if match[name])
+        name = next(name for name in "lmnv" if match[name])
         place = match.start(name), match.end(name)
         if not _against(text, *place, match.start(), whole=match.group()):
             found.append(Candidate(match[name].upper(), "correct", *place))
@@ -357,8 +376,10 @@ def _mentions(text: str, pattern: _Patterns) -> list[Candidate]:
     for match in pattern.mention.finditer(text):
         start, end = match.start("l"), match.end("l")
         pointed = _POINTED.search(text[max(0, start - 24) : start]) and not _FORMULA.match(text, end)
-        if match.group() == match["l"] and not pointed:
+        if match.group() == match["l"] and (not pointed or _PURPOSE.match(text, end)):
             continue  # "A" and "I" are words, and compounds, fields and vitamins have letters
+        if _NAMED.search(text, max(0, start - 24), start):
+            continue
         found.append(Candidate(match["l"].upper(), "only", start, end, _against(text, start, end, start)))
     return found
 
@@ -410,20 +431,25 @@ def _first_clause(after: str) -> str:
 
 def bare_words(text: str) -> str:
     """Words to compare: no case, no signs around them, single blanks, none between a number and its unit."""
-    words = " ".join(re.sub(r"[*_`$\\{}()\[\]\"'“”‘’]|\\\w+", " ", text).casefold().split()).strip(" .,:;!")
+    words = re.sub(rf"{_WRAP}|\\[,;:! ]|[*_`$\\{{}}()\[\]\"'“”‘’«»「」]", " ", text).casefold()
+    words = " ".join(words.split()).strip(" .,:;!。")
     return re.sub(r"(?<=\d) (?=[a-zµ°%])", "", words)
 
 
-def _named(text: str, choices: Sequence[str]) -> list[Candidate]:
-    """Statements that give the answer in the words of one choice: `the answer is 42 nm`."""
+def _named(text: str, pattern: _Patterns, choices: Sequence[str]) -> list[Candidate]:
+    """Statements that give the answer in the words of one choice: `the answer is 42 nm`, `\\boxed{42 nm}`."""
     found = []
+    for match in pattern.boxed.finditer(text):
+        inner = bare_words(match.group()[match.group().index("{") :])
+        fits = [i for i, choice in enumerate(choices) if inner and bare_words(choice) == inner]
+        if len(fits) == 1:
+            found.append(Candidate(string.ascii_uppercase[fits[0]], "text", match.start(), match.end()))
     for match in re.finditer(rf"\b{_NOUN}\b[*_]*(?:\s+is|\s*:)[*_\s:]*", text, re.I):
         line = text[match.end() : match.end() + LINE].split("\n", 1)[0]
         index = begins_with(bare_words(line), choices)
         if index is not None and not _against(text, match.end(), match.end() + len(line), match.start()):
-            found.append(
-                Candidate(string.ascii_uppercase[index], "text", match.start(), match.end() + len(line))
-            )
+            end = match.end() + min(len(line), len(choices[index]))
+            found.append(Candidate(string.ascii_uppercase[index], "text", match.start(), end))
     for match in _SO_IT_IS.finditer(text):
         sentence = re.split(r"[.!?](?:\s|$)|\n", text[match.end() : match.end() + LINE], maxsplit=1)[0]
         fits = [i for i, choice in enumerate(choices) if bare_words(choice) == bare_words(sentence)]
@@ -447,11 +473,15 @@ _IS_THE_ANSWER = _compile(rf"(?<=\S) is (?:the|my) (?:correct |right |best )?{_N
 _SO_IT_IS = _compile(r"\b(?:so|therefore|thus|hence),? (?:(?:it|this|that) (?:is|must be) )?", re.I)
 
 
+# What makes other words, or two choices, of a choice that is read: 8 m/s, 8 m or 16 m.
+_GOES_ON = r"(?!\w|[.,]\d|\s?[-+–/^×·*=%]|\s(?:or|and|per|times|plus|minus|to)\b(?!\s+not\b))"
+
+
 def begins_with(words: str, choices: Sequence[str]) -> int | None:
     """The choice that words begin with; the longest, and None where two read alike."""
     fits = [
         (len(bare), i) for i, choice in enumerate(choices)
-        if (bare := bare_words(choice)) and re.match(rf"{re.escape(bare)}(?!\w|[.,]\d)", words)
+        if (bare := bare_words(choice)) and re.match(rf"{re.escape(bare)}{_GOES_ON}", words)
     ]  # fmt: skip
     longest = [one for one in fits if one[0] == max(fits)[0]]
     return longest[0][1] if len(longest) == 1 else None

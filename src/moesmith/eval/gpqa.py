@@ -174,8 +174,10 @@ def read_questions(path: Path, seed: int = 0) -> tuple[list[Question], Counts]:
                 f"gpqa: row {row} of {path} has no column {missing[0]!r}; it has {there}",
                 f"wanted GPQA's columns: {', '.join(COLUMNS)}",
             )
-        question = str(cells[QUESTION] or "")
-        right, *wrong = (clean(str(cells[name] or "")) for name in COLUMNS[1:])
+        question, *texts = (
+            "" if cells[name] is None else str(cells[name]) for name in COLUMNS
+        )  # 0 is a text
+        right, *wrong = map(clean, texts)
         key = digest(question, *sorted([right, *wrong]))
         if not question.strip() or not all((right, *wrong)):
             counts.drop("an empty cell", row)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from .harness_models import Kept, quiet
 from .items import Item, Score, interval_of, is_share, pooled_interval
 
 INSTALL = 'pip install "moesmith[eval]"'
+CLIENTS = ("aiohttp", "requests", "tenacity", "asyncio", "json")  # what raises when a server fails
 SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 
@@ -242,11 +244,15 @@ def ask(lm: Kept, tasks: Tasks, *, chat: bool, seed: int = 0) -> Asked:
         except UserError:
             raise
         except Exception as error:
-            if type(error).__module__.split(".")[0] not in ("aiohttp", "requests", "tenacity", "asyncio"):
+            if type(error).__module__.split(".")[0] not in CLIENTS:
                 raise
+            # The other requests under way failed too, and each would say so when it is collected.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             said = next((" ".join(one.split()) for one in reversed(heard) if "failed" in one.lower()), "")
+            key = "its key is read from $OPENAI_API_KEY; " if "code: 401" in said else ""
             raise UserError(
-                f"the server failed: {said[:300] or error!r}", "the same command goes on where it stopped"
+                f"the server failed: {said[:300] or f'{type(error).__name__}, {error}'[:300]}",
+                f"{key}the same command goes on where it stopped",
             ) from None
     assert results is not None
     items = [
@@ -277,6 +283,26 @@ def to_items(name: str, task: Any, samples: Sequence[dict[str, Any]]) -> list[It
     return [found[place] for place in sorted(found)]
 
 
+def keys(tasks: Tasks, name: str) -> dict[int, str]:
+    """`Item.key` of each item of a task that is asked, by its place, before it is asked."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    task, found = tasks.loaded["tasks"][name], {}
+    asked = set(tasks.samples[name]) if tasks.samples is not None else None
+    for place, row in enumerate(task.eval_docs):
+        if asked is None or place in asked:
+            text = json.dumps(row, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            found[place] = _item_key(hash_string(text), hash_string(str(task.doc_to_target(row))))
+    return found
+
+
+def _item_key(row_hash: str, target_hash: str) -> str:
+    """From lm-eval's two hashes of a sample."""
+    from lm_eval.utils import hash_string
+
+    return hash_string(row_hash + target_hash)[:16]
+
+
 def _item(name: str, task: Any, sample: dict[str, Any]) -> Item:
     from lm_eval.utils import hash_string
 
@@ -284,7 +310,7 @@ def _item(name: str, task: Any, sample: dict[str, Any]) -> Item:
     item = Item(
         task=name,
         id=sample["doc_id"],
-        key=hash_string(sample["doc_hash"] + sample["target_hash"])[:16],
+        key=_item_key(sample["doc_hash"], sample["target_hash"]),
         asked=hash_string(json.dumps(sample["arguments"], default=str))[:16],
         prompt=_words(sample["arguments"][0][0]),
         target=_words(sample["target"]),

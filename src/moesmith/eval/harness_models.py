@@ -135,7 +135,7 @@ def check_scores_prompts(url: str, model: str, ids: Sequence[int]) -> None:
 def _http(url: str, body: Any = None) -> dict[str, Any]:
     """JSON of a server. Raises UserError."""
     data = None if body is None else json.dumps(body).encode()
-    key = os.environ.get("OPENAI_API_KEY", "")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60) as reply:
@@ -218,9 +218,13 @@ class Kept:
             if key not in self.known:
                 self._keep(key, value)
         drawn_answers = iter(answers[len(new) :])
-        return [next(drawn_answers) if s else self.known[key] for key, s in zip(keys, sampled, strict=True)]
+        return [
+            (next(drawn_answers) or "") if s else self.known[key]
+            for key, s in zip(keys, sampled, strict=True)
+        ]
 
     def _keep(self, key: str, value: Any) -> None:
+        value = "" if value is None else value  # a server's answer without content
         number = value[0] if isinstance(value, (tuple, list)) else value
         if isinstance(number, float) and math.isnan(number):
             raise UserError(

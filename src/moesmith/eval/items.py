@@ -100,6 +100,10 @@ def _parts(values: Sequence[Any]) -> tuple[NDArray[np.float64], NDArray[np.float
     return (found[:, 0], found[:, 1]) if found.ndim == 2 and found.shape[1] == 2 else None
 
 
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
+
+
 def is_share(values: Sequence[Any]) -> bool:
     """Whether every value is 0 or 1."""
     return all(isinstance(value, (bool, int, float)) and value in (0, 1) for value in values)
@@ -113,6 +117,8 @@ def interval_of(
     Args:
         form: a key of FORMS; any other score is computed by `function` on every resampled list.
     """
+    if form == "nanmean":
+        values = [value for value in values if not _is_nan(value)]
     if form == "mean" and is_share(values) and values:
         return wilson(int(sum(values)), len(values))
     if len(values) < 2:
@@ -189,12 +195,17 @@ def same_items(a: Sequence[Item], b: Sequence[Item]) -> dict[str, list[tuple[Ite
             )
         for item in second[task]:
             if item.key != earlier[item.id].key:
-                raise UserError(
-                    f"{task}: item {item.id} is another one in the earlier run",
-                    "the task's data, or --seed, has changed in between: evaluate both models again",
-                )
+                raise another_item(task, item.id)
         pairs[task] = [(earlier[item.id], item) for item in second[task]]
     return pairs
+
+
+def another_item(task: str, id: int) -> UserError:
+    """What to say when an item has another question or target than it had."""
+    return UserError(
+        f"{task}: item {id} is another one in the earlier run",
+        "its data or --seed is another: ask with the same ones, or evaluate both models again",
+    )
 
 
 def compare(a: Sequence[Item], b: Sequence[Item], scores: Sequence[Score]) -> dict[str, Any]:
@@ -231,6 +242,8 @@ def compare(a: Sequence[Item], b: Sequence[Item], scores: Sequence[Score]) -> di
 
 def _paired(found: Sequence[tuple[Any, Any]], form: str) -> dict[str, Any] | None:
     """The comparison of one metric; None for values that have no mean."""
+    if form == "nanmean":
+        found = [pair for pair in found if not any(map(_is_nan, pair))]
     if not found or form not in FORMS:
         return None
     earlier, now = _parts([one for one, _ in found]), _parts([other for _, other in found])

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import math
 import os
 import socket
 import ssl
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ TRIES = 7  # of one question, with 1, 2, 4 ... 32 s between them
 LONGEST_WAIT = 60.0  # seconds between two tries, whatever Retry-After says
 TIMEOUT = 3600.0  # seconds for one answer: 16,384 tokens at 5 tokens/s
 PROBE = 20.0  # seconds for a question about the server itself
+QUIET = 30.0  # seconds between two words about trouble
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 # What a server calls the tokens of reasoning it allows; `owned_by` of its models says which server it is.
@@ -63,6 +65,9 @@ class Server:
     tries: int = TRIES
     pause: float = 1.0
     """seconds before the second try"""
+    say: Callable[[str], None] = lambda words: None
+    """told, not more than twice a minute, that the server has trouble and is asked again"""
+    _told: float = -math.inf
     _open: set[http.client.HTTPConnection] = field(default_factory=set)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -77,7 +82,8 @@ class Server:
         Raises:
             UserError: nothing answers there, no such model, or several to choose from.
         """
-        server = cls(root(url), model or "", key=key or os.environ.get("OPENAI_API_KEY"))
+        given = key or os.environ.get("OPENAI_API_KEY") or ""
+        server = cls(root(url), model or "", key=given.strip())  # a file's last line end is no part of it
         status, found = server._request("GET", "/v1/models", None, PROBE)
         if status != 200 or not isinstance(found, dict):
             raise UserError(
@@ -86,14 +92,13 @@ class Server:
                 if status in (401, 403)
                 else "--server takes the URL of an OpenAI-compatible server, such as http://127.0.0.1:8080",
             )
-        entries = [one for one in found.get("data") or [] if isinstance(one, dict) and one.get("id")]
+        listed = found.get("data")
+        entries = [one for one in listed or [] if one.get("id")] if _is_dicts(listed) else []
         ids = [str(one["id"]) for one in entries]
         if model is None:
             if len(ids) != 1:
-                listed = ", ".join(ids[:8]) or "none"
-                raise UserError(
-                    f"{server.url} has {len(ids)} models: {listed}", "--server-model NAME chooses"
-                )
+                names = ", ".join(ids[:8]) or "none"
+                raise UserError(f"{server.url} has {len(ids)} models: {names}", "--server-model NAME chooses")
             server.model = ids[0]
         chosen = next((one for one in entries if one["id"] == server.model), None)
         if chosen is None and ids and (entries[0].get("owned_by") != "llamacpp"):
@@ -169,7 +174,10 @@ class Server:
             except _Passing as problem:
                 said = str(problem)
                 after = problem.after if problem.after is not None else self.pause * 2 ** (attempt - 1)
-                if attempt == self.tries or self._stopped.wait(min(after, LONGEST_WAIT)):
+                if attempt == self.tries:
+                    break
+                self._tell(f"{said}; it is asked again, {self.tries} times in all")
+                if self._stopped.wait(min(after, LONGEST_WAIT)):
                     break
                 continue
             return self._reply(found, budget, time.perf_counter() - started, attempt)
@@ -178,10 +186,17 @@ class Server:
             "nothing is lost: the same command goes on when the server is back",
         )
 
+    def _tell(self, words: str) -> None:
+        now = time.monotonic()
+        if now - self._told > QUIET and not self._stopped.is_set():
+            self._told = now
+            self.say(f"{self.url}: {words}")
+
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         status, found = self._request("POST", "/v1/chat/completions", body, self.timeout)
-        if status == 200 and isinstance(found, dict) and found.get("choices"):
-            return found
+        choices = found.get("choices") if isinstance(found, dict) else None
+        if status == 200 and choices and _is_dicts(choices) and isinstance(choices[0].get("message"), dict):
+            return found  # type: ignore[no-any-return]
         if status in PASSING or status == 200:
             after = found.get("retry_after") if isinstance(found, dict) else None
             raise _Passing(f"{status}: {_words(found)}", after)
@@ -190,12 +205,12 @@ class Server:
 
     def _reply(self, found: dict[str, Any], budget: int | None, seconds: float, attempts: int) -> Reply:
         choice = found["choices"][0]
-        message = choice.get("message") or {}
-        answer = message.get("content") or ""
-        reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+        message = choice["message"]
+        answer = _text(message.get("content"))
+        reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
         if not reasoning:
             reasoning, answer = split_any(answer)
-        usage = found.get("usage") or {}
+        usage = found["usage"] if isinstance(found.get("usage"), dict) else {}
         tokens = usage.get("completion_tokens")
         spent = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
         if spent is None:
@@ -305,6 +320,18 @@ def root(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
         raise UserError(f"--server {url} is no URL", "such as http://127.0.0.1:8080")
     return bare
+
+
+def _is_dicts(found: Any) -> bool:
+    """Whether this is a list of JSON objects."""
+    return isinstance(found, list) and all(isinstance(one, dict) for one in found)
+
+
+def _text(content: Any) -> str:
+    """A message's text: as it is, or as the parts that some servers make of it."""
+    if _is_dicts(content):
+        return "".join(one["text"] for one in content if isinstance(one.get("text"), str))
+    return content if isinstance(content, str) else ""
 
 
 def _words(found: Any) -> str:

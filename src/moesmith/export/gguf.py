@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moesmith.errors import UserError
-from moesmith.models.headers import read_headers
 
 from .modelfile import modelfile
 
@@ -119,8 +118,6 @@ def check_gguf(config: Mapping[str, Any], folder: Path, llama: LlamaCpp | None =
             "the logits at 30 when the file does not say",
             SERVE,
         )
-    if name == "Qwen3VLMoeForConditionalGeneration":
-        _check_stacks(folder, text)
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(
             f"{folder} has no tokenizer, and a GGUF file holds one", "put tokenizer.json beside the weights"
@@ -158,18 +155,6 @@ def architecture(config: Mapping[str, Any]) -> str:
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with that of its text model on top, as the converter reads it."""
     return {**config, **(config.get("text_config") or {})}
-
-
-def _check_stacks(folder: Path, text: Mapping[str, Any]) -> None:
-    """The original checkpoint has its stacks transposed, and the converter turns whatever it finds."""
-    for header in read_headers(folder, required=False).values():
-        if header.name.endswith("experts.gate_up_proj") and header.shape[1] != text.get("hidden_size"):
-            raise UserError(
-                f"{header.name} of {folder} has shape {header.shape}, as transformers writes it; llama.cpp's "
-                f"converter wants the original checkpoint's, {header.shape[0]} x {header.shape[2]} x "
-                f"{header.shape[1]}",
-                SERVE,
-            )
 
 
 def _check_experts(text: Mapping[str, Any]) -> None:

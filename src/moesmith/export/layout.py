@@ -40,6 +40,8 @@ class Group:
     """name on disk -> shape"""
     converter: WeightConverter | None = None
     """what makes the ones of the others; None for a tensor that is only renamed"""
+    turns: bool = False
+    """whether it is read either way round, as its shape tells; written it is as in memory"""
     _patterns: dict[str, str] = field(default_factory=dict)
     _first: str = ""
     _finals: dict[str, str] = field(default_factory=dict)
@@ -138,6 +140,7 @@ class Layout:
             group = Group(
                 tuple(name for name, _ in parts),
                 converter=by_pattern[parts[0][1]],
+                turns=any(getattr(op, "check_dims", False) for op in by_pattern[parts[0][1]].operations),
                 _patterns=dict(parts),
                 _first=first,
             )

@@ -35,25 +35,40 @@ from . import tools
 
 _CONVERT = """
 import runpy, sys
-script, pre, heads, *arguments = sys.argv[1:]
+script, settled, *arguments = sys.argv[1:]
+pre, *settled = settled.split(",")
 sys.path.insert(0, "gguf-py")
 from conversion import base
 if pre:
     base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre
-if not heads:
+if "heads" not in settled:
     base.ModelBase.no_mtp = True
+if "turned" in settled:
+    from conversion import qwen3vl
+    kind = qwen3vl.Qwen3VLMoeTextModel
+    modify = kind.modify_tensors
+    def turn(self, data, name, bid):
+        stack = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        yield from modify(self, data.permute(0, 2, 1) if stack else data, name, bid)
+    kind.modify_tensors = turn
 sys.argv = [script, *arguments]
 runpy.run_path(script, run_name="__main__")
 """
-"""Runs a script of the tree with two things settled for which it has no option that fits all classes: the
-name of the pre-tokenizer, and that there are no heads for further tokens. transformers does not load those
-heads, so folders that it wrote lack them, and for some classes the converter insists."""
+"""Runs a script of the tree with three things settled for which it has no option that fits all classes: the
+name of the pre-tokenizer, that there are no heads for further tokens, and that stacks of experts lie as
+transformers writes them. It does not load those heads, so folders that it wrote lack them, and for some
+classes the converter insists. And it keeps the stacks of Qwen3-VL-MoE turned round from how the original
+checkpoints hold them, which is how the converter wants them (`stacks_turned`)."""
+
+OnShare = Callable[[float], None]
+"""is told which share of the work is done, 0 to 1"""
 
 _NEEDS_SPM = "pip install 'moesmith[gguf]'"
 _HINTS = (
     ("pre-tokenizer was not recognized",
      "llama.cpp knows a tokenizer by what it makes of one test string, and does not know this one; if it "
-     "splits text like a model that llama.cpp knows, name that one: llama-bpe, qwen2, gpt-2, smollm, ..."),
+     "splits text like a model that llama.cpp knows, name that one: --pre-tokenizer llama-bpe (or qwen2, "
+     "gpt-2, smollm, ...)"),
     ("No module named 'sentencepiece'", _NEEDS_SPM),
     ("No module named 'gguf'", _NEEDS_SPM),
     ("No space left on device", "free some space, or give --out on another disk"),
@@ -107,8 +122,9 @@ class LlamaCpp:
         )
 
     def convert(
-        self, model: Path, out: Path, outtype: str = "bf16", pre_tokenizer: str | None = None
-    ) -> None:
+        self, model: Path, out: Path, outtype: str = "bf16", pre_tokenizer: str | None = None,
+        on_share: OnShare | None = None,
+    ) -> None:  # fmt: skip
         """A 16-bit or 32-bit checkpoint folder -> one GGUF file.
 
         Args:
@@ -121,8 +137,10 @@ class LlamaCpp:
         """
         with _whole_file(out) as temporary:
             arguments = [str(model.resolve()), "--outfile", str(temporary), "--outtype", outtype]
-            what = f"converting {model}"
-            self._python("convert_hf_to_gguf.py", arguments, what, pre_tokenizer, _has_further_heads(model))
+            settled = [pre_tokenizer or ""]
+            settled += ["heads"] if _has_further_heads(model) else []
+            settled += ["turned"] if stacks_turned(model) else []
+            self._python("convert_hf_to_gguf.py", arguments, f"converting {model}", settled, on_share)
 
     def convert_lora(self, adapter: Path, base: Path, out: Path, outtype: str = "f32") -> None:
         """An adapter folder with one 2-D pair per expert and projection -> one GGUF adapter.
@@ -139,10 +157,11 @@ class LlamaCpp:
             self._python("convert_lora_to_gguf.py", arguments, f"converting {adapter}")
 
     def _python(
-        self, script: str, arguments: list[str], what: str, pre: str | None = None, heads: bool = False
-    ) -> str:
-        command = [sys.executable, "-c", _CONVERT, script, pre or "", "heads" if heads else "", *arguments]
-        return _run(command, what, self._tree())
+        self, script: str, arguments: list[str], what: str, settled: Sequence[str] = (),
+        on_share: OnShare | None = None,
+    ) -> str:  # fmt: skip
+        command = [sys.executable, "-c", _CONVERT, script, ",".join(settled), *arguments]
+        return _run(command, what, self._tree(), _shares(_WRITING, on_share))
 
     def _tree(self) -> Path:
         if self.tree is None:
@@ -153,7 +172,7 @@ class LlamaCpp:
 
     def imatrix(
         self, gguf: Path, text: Path, out: Path, chunks: int | None = None, *, threads: int | None = None,
-        chunk_tokens: int = 512,
+        chunk_tokens: int = 512, on_share: OnShare | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """How large the inputs of every weight are over a text, for `quantize`.
 
@@ -173,14 +192,15 @@ class LlamaCpp:
                 "--output-format", "gguf", "-c", str(chunk_tokens), "-b", str(chunk_tokens),
                 "--chunks", str(-1 if chunks is None else chunks), *_threads(threads),
             ]  # fmt: skip
-            said = _run(command, f"llama-imatrix of {gguf.name}")
+            said = _run(command, f"llama-imatrix of {gguf.name}", None, _shares(_CHUNKS, on_share, chunks))
             if not temporary.is_file():
                 raise UserError(f"llama-imatrix of {gguf.name} wrote nothing: {tools.last_words(said, 0)}")
         return read_importance(said)
 
     def quantize(
-        self, gguf: Path, out: Path, kind: str, imatrix: Path | None = None, threads: int | None = None
-    ) -> dict[str, Any]:
+        self, gguf: Path, out: Path, kind: str, imatrix: Path | None = None, threads: int | None = None,
+        on_share: OnShare | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
         """A 16-bit GGUF file -> the same in fewer bits; `kind` is llama.cpp's name, Q4_K_M, q8_0, IQ2_XS, ...
 
         Returns: `kind`, `bytes`, `bpw` (bits per weight over the whole file), `tensors`, `types` (type ->
@@ -196,9 +216,19 @@ class LlamaCpp:
             said = _run(
                 [*command, str(threads or os.cpu_count() or 1)],
                 f"llama-quantize of {gguf.name} to {kind.upper()}",
+                on_text=_shares(_TENSORS, on_share),
             )
             size = temporary.stat().st_size
         return {"kind": kind.upper(), "bytes": size, **read_quantized(said)}
+
+    def kinds(self) -> set[str]:
+        """Names of the quantisations that this llama-quantize knows, in capitals."""
+        command = self.run("llama-quantize")
+        shown = subprocess.run(
+            [*command, "--help"], capture_output=True, text=True, errors="replace", check=False,
+            env=tools.environment(command),
+        )  # fmt: skip
+        return set(re.findall(r"^ +\d+ +or +(\w+) +:", shown.stdout + shown.stderr, re.MULTILINE))
 
     # ------------------------------------------------------------ serving
 
@@ -330,13 +360,50 @@ def read_importance(said: str) -> dict[str, Any]:
 # ---------------------------------------------------------------- processes and files
 
 
-def _run(command: list[str], what: str, cwd: Path | None = None) -> str:
+def _run(
+    command: list[str], what: str, cwd: Path | None = None, on_text: Callable[[str], None] | None = None
+) -> str:
     """tools.run with the hint that fits the error."""
     try:
-        return tools.run(command, what, cwd=cwd)
+        return tools.run(command, what, cwd=cwd, on_text=on_text)
     except UserError as error:
         hint = next((hint for words, hint in _HINTS if words in error.message), error.hint)
         raise UserError(error.message, hint) from None
+
+
+_WRITING = re.compile(r"Writing: +(\d+)(%)\|")  # how each tool says where it is: done, of how many
+_CHUNKS = re.compile(r"\[(\d+)\]-?[\d.]+()")
+_TENSORS = re.compile(r"\[ *(\d+)/ *(\d+)\]")
+
+
+def _shares(
+    pattern: re.Pattern[str], on_share: OnShare | None, total: int | None = None
+) -> Callable[[str], None] | None:
+    """Reads the share that is done in what a tool writes; where it says no total, `total` is it."""
+    if on_share is None:
+        return None
+
+    def read(text: str) -> None:
+        if found := pattern.findall(text):
+            done, of = found[-1]
+            of = 100 if of == "%" else int(of or total or 0)
+            if of:
+                on_share(min(int(done) / of, 1.0))
+
+    return read
+
+
+def stacks_turned(model: Path) -> bool:
+    """Whether a Qwen3-VL-MoE folder holds its stacks as transformers has them in memory, (E, out, in)."""
+    config = read_json(model / "config.json")
+    if config.get("model_type") != "qwen3_vl_moe":
+        return False
+    hidden = config["text_config"]["hidden_size"]
+    shapes = {name.rpartition(".")[2]: one.shape for name, one in read_headers(model, required=False).items()}
+    gate_up, down = shapes.get("gate_up_proj"), shapes.get("down_proj")
+    if gate_up is None or down is None or len(gate_up) != 3 or len(down) != 3:
+        return False
+    return gate_up[2] == hidden and down[1] == hidden
 
 
 def _has_further_heads(model: Path) -> bool:

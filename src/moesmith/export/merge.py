@@ -208,7 +208,7 @@ class _Plan:
                         f"{self.source}: the checkpoint has no {disk}", "fetch it again, or convert it anew"
                     )
                 if stored is not None and not touched:
-                    part = self._as_stored(stored, shape, dtype)
+                    part = self._as_stored(group, stored, shape, dtype)
                 else:
                     part = Made(_nbytes(shape, dtype), partial(self._made, group, disk, dtype))
                 planned.append(NewTensor(disk, _NAMES[dtype], shape, (part,)))
@@ -234,8 +234,10 @@ class _Plan:
         names = (disk, disk.removeprefix(prefix), prefix + disk)
         return next((name for name in names if name in self.weights.headers), None)
 
-    def _as_stored(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Piece | Made:
+    def _as_stored(self, group: Group, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Piece | Made:
         header = self.weights.headers[name]
+        if group.turns and header.shape != shape and (*header.shape[:-2], *header.shape[:-3:-1]) == shape:
+            return Made(_nbytes(shape, dtype), lambda: _bytes(self.weights.tensor(name).mT.to(dtype)))
         self._same_shape(name, header.shape, shape)
         if header.dtype == _NAMES[dtype]:
             return Piece(header.file, header.start, ((0, header.nbytes),))
@@ -292,6 +294,8 @@ class _Plan:
         stored = self._stored_as(group, disk)
         assert stored is not None
         base = self.weights.tensor(stored).float()
+        if group.turns and base.shape != update.shape:
+            base = base.mT
         self._same_shape(stored, tuple(base.shape), tuple(update.shape))
         merged = (base + update).to(dtype)
         for name in group.live:

@@ -9,7 +9,7 @@ give it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,11 @@ def _rounded(value: Any) -> Any:
 
 
 def next_logprobs(
-    model: Any, prompts: Sequence[Sequence[int]], top: int = TOP, also: Sequence[Logprobs] | None = None
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    top: int = TOP,
+    also: Sequence[Logprobs] | None = None,
+    on_prompt: Callable[[], None] | None = None,
 ) -> list[dict[int, float]]:
     """What a model says comes after each prompt. One forward per prompt: no padding, no cache.
 
@@ -115,6 +119,7 @@ def next_logprobs(
         prompts: token ids.
         top: how many of the most likely tokens are kept.
         also: tokens to keep beside these, by prompt.
+        on_prompt: called after each prompt.
     """
     import torch
 
@@ -124,6 +129,8 @@ def next_logprobs(
             inputs = torch.tensor([list(ids)], device=model.device)
             logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
         found.append(keep_top(logits[0, -1], top, also[number] if also is not None else ()))
+        if on_prompt is not None:
+            on_prompt()
     return found
 
 
@@ -158,9 +165,12 @@ class Tolerance:
         if 5 * own.max <= self.max and 2 * own.mean <= self.mean and 2 * own.kl <= self.kl:
             return self
         return Tolerance(
-            max(self.max, 5 * own.max), max(self.mean, 2 * own.mean), max(self.kl, 2 * own.kl),
-            self.agreement, f"twice what computing in {dtype} does to the source itself",
-        )  # fmt: skip
+            max=max(self.max, 5 * own.max),
+            mean=max(self.mean, 2 * own.mean),
+            kl=max(self.kl, 2 * own.kl),
+            agreement=max(min(self.agreement, 2 * own.agreement - 1), 0.0),
+            reason=f"twice what computing in {dtype} does to the source itself",
+        )
 
     def beyond(self, parity: Parity) -> list[str]:
         """What is out of bounds, in words; empty when all is well."""

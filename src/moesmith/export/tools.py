@@ -55,7 +55,7 @@ class Tools:
     def missing(self) -> list[str]:
         """What is not there, in words."""
         converter = (
-            [] if self.tree else ["the converter (convert_hf_to_gguf.py with its conversion/ and gguf-py/)"]
+            [] if self.tree else ["converter (convert_hf_to_gguf.py with its conversion/ and gguf-py/)"]
         )
         return converter + [tool for tool in TOOLS if tool not in self.commands]
 
@@ -89,6 +89,8 @@ def find_tools(where: Path | None = None) -> Tools:
     for place in places:
         tree = tree or _tree(place)
         commands = {**_commands(place), **commands}
+        if place == where and tree is None and not commands:
+            raise UserError(f"--llama-cpp {where}: no part of llama.cpp is there", FETCH)
     for tool in TOOLS:
         if tool not in commands and (path := shutil.which(tool)):
             commands[tool] = (path,)
@@ -367,15 +369,33 @@ def environment(command: list[str]) -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in drop}
 
 
-def run(command: list[str], what: str, hint: str | None = None, cwd: Path | None = None) -> str:
-    """Run to the end and return what was written. Raises UserError with the last line that says something."""
-    done = subprocess.run(
-        tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
-        errors="replace", check=False, env=environment(command), cwd=cwd,
-    )  # fmt: skip
-    if done.returncode:
-        raise UserError(f"{what}: {last_words(done.stdout, done.returncode)}", hint)
-    return done.stdout
+def run(
+    command: list[str], what: str, hint: str | None = None, cwd: Path | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> str:  # fmt: skip
+    """Run to the end and return what was written. Raises UserError with the last line that says something.
+
+    Args:
+        on_text: is given the last 500 characters whenever the tool writes.
+    """
+    with subprocess.Popen(
+        tied(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+        env=environment(command), cwd=cwd,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        written = bytearray()
+        try:
+            while piece := os.read(process.stdout.fileno(), 1 << 16):
+                written += piece
+                if on_text is not None:
+                    on_text(written[-500:].decode(errors="replace"))
+        except BaseException:
+            process.kill()
+            raise
+    text = written.decode(errors="replace")
+    if process.returncode:
+        raise UserError(f"{what}: {last_words(text, process.returncode)}", hint)
+    return text
 
 
 _NOISE = re.compile(

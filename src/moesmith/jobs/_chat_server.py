@@ -15,7 +15,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moesmith import console
@@ -269,20 +268,6 @@ def visible(text: str) -> str:
         c if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160) else "\N{REPLACEMENT CHARACTER}"
         for c in text
     )
-
-
-def read_key(text: str | None) -> str | None:
-    """The key itself, or the first line of the file that holds it."""
-    if text is None:
-        return None
-    path = Path(text)
-    try:
-        found = path.read_text(encoding="utf-8").strip().splitlines() if path.is_file() else [text]
-    except OSError as error:
-        raise UserError(f"api_key: {path} cannot be read: {error.strerror}") from None
-    if not found or not found[0].isprintable() or not found[0].isascii():
-        raise UserError("api_key: no key there, or one with characters that a header cannot carry")
-    return found[0]
 
 
 def pick_model(server: Server, wanted: str | None) -> str:

@@ -132,13 +132,25 @@ def read_run(folder: Path, key: str = "against") -> tuple[ToolEval, dict[str, An
     return ToolEval(answers, record["tool_calls"]["seconds"]), record
 
 
-def check_run(folder: Path, key: str = "against", answers: str = ANSWERS) -> None:
-    """Raise UserError unless a folder holds a run of `moesmith eval` with its answers in a file `answers`."""
+def check_run(folder: Path, key: str = "against", kind: str = "requests", answers: str = ANSWERS) -> None:
+    """Raise UserError unless a folder holds a run of `moesmith eval --<kind>`.
+
+    Args:
+        answers: the file in it that has the answers.
+    """
     if not folder.is_dir():
         raise no_such_file(folder, key)
-    for name in (answers, RECORD):
-        if not (folder / name).is_file():
-            raise UserError(f"{key}: {folder} has no {name}", "wanted a folder that `moesmith eval` wrote")
+    hint = f"wanted a folder that `moesmith eval --{kind}` wrote"
+    if not (folder / RECORD).is_file():
+        raise UserError(f"{key}: {folder} has no {RECORD}", hint)
+    try:
+        found = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("kind", "requests")
+    except (ValueError, AttributeError):
+        raise UserError(f"{key}: {folder / RECORD} is no record of a run", hint) from None
+    if found != kind:
+        raise UserError(f"{key}: {folder} is a run of --{found}", hint)
+    if not (folder / answers).is_file():
+        raise UserError(f"{key}: {folder} has no {answers}", hint)
 
 
 # ---------------------------------------------------------------- figures in words

@@ -7,9 +7,10 @@ leaves nothing, and the next run clears away what a killed one left.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -190,16 +191,43 @@ def quant_bytes(wide: int, kind: str, width: int = 2) -> int:
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """The folder to write into; it gets its name when the body ends, and is removed when that fails."""
-    from moesmith.jobs._folder import finish_folder, start_folder
+    """The folder to write into; it gets its name when the body ends, and is removed when that fails.
 
-    temporary = start_folder(out)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    finish_folder(temporary, out)
+    Raises:
+        UserError: another export is writing it.
+    """
+    from moesmith.jobs._folder import INCOMPLETE, finish_folder, start_folder
+
+    marker = out.resolve().with_name(f"{out.name}.tmp") / INCOMPLETE
+    with ExitStack() as held:
+        if marker.exists():  # of a run that was killed, or that is at work
+            held.enter_context(_locked(marker, out))
+        temporary = start_folder(out)
+        held.enter_context(_locked(marker, out))
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        finish_folder(temporary, out)
+
+
+@contextmanager
+def _locked(marker: Path, out: Path) -> Iterator[None]:
+    """A lock on the marker of an unfinished folder; it goes with the process that holds it."""
+    with open(marker, "rb") as file:
+        if os.name == "posix":
+            import fcntl
+
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another export is writing {out}", "wait for it, or choose another --out"
+                ) from None
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def record_of(cfg: Any, source: Source) -> dict[str, Any]:
@@ -277,6 +305,7 @@ def judge(
     seconds: float = 0.0,
     bounds_of: str | None = None,
     dtype: str = "float32",
+    own: Parity | None = None,
 ) -> Judged:
     """Compare, say it, and refuse what is out of bounds.
 
@@ -285,6 +314,7 @@ def judge(
         mean: the user's own bound.
         bounds_of: the row of the table, where it is not called like the route.
         dtype: what `source.rounded` was computed in.
+        own: how far that moved the model, where `source` does not say; not said again.
 
     Raises:
         UserError: out of bounds, or an adapter that did not arrive.
@@ -293,10 +323,11 @@ def judge(
 
     bounds = tolerance(bounds_of or route, mean)
     effect = compare(source.full, source.bare) if source.bare is not None else None
-    own = compare(source.full, source.rounded) if source.rounded is not None else None
-    if own is not None and mean is None:
-        bounds = bounds.widened(own, dtype)
-    judged = Judged(route, against, compare(source.full, export), bounds, effect, own, seconds)
+    measured = compare(source.full, source.rounded) if source.rounded is not None else None
+    scale = measured or own
+    if scale is not None and mean is None:
+        bounds = bounds.widened(scale, dtype)
+    judged = Judged(route, against, compare(source.full, export), bounds, effect, measured, seconds)
     say_judged(judged, dtype)
     parity = judged.parity
     if effect is not None and lost(parity, effect, bounds):

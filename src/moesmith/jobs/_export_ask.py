@@ -132,7 +132,7 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str]:
-    """(token ids, what they say). A prompt is a question; of messages the last answer is left out."""
+    """(token ids, what is asked). A prompt is a question; of messages the last answer is left out."""
     messages = row.get("messages")
     if messages is None and isinstance(row.get("prompt"), list):
         messages = row["prompt"]
@@ -145,7 +145,8 @@ def _encode(row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str]:
             said = "\n".join(str(message.get("content") or "") for message in messages)
             return list(tokenizer(said).input_ids), said
         said = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(said, add_special_tokens=False).input_ids), said
+        question = str(messages[-1].get("content") or "") if messages else ""
+        return list(tokenizer(said, add_special_tokens=False).input_ids), question
     said = str(row.get("prompt") or row["text"])
     return list(tokenizer(said).input_ids), said
 
@@ -174,6 +175,7 @@ def ask(
     stream: bool = False,
     device: str = "auto",
     also_in: str = "float32",
+    label: str = "asking",
 ) -> Said:
     """Ask a model folder, packed or 16-bit, with its adapters running.
 
@@ -181,6 +183,7 @@ def ask(
         also: tokens whose log-probabilities are wanted beside the most likely ones.
         stream: one layer at a time, whether the model fits or not.
         also_in: a 16-bit dtype to compute in once more, to see how much that alone changes.
+        label: stands beside the bar.
 
     Raises:
         UserError: an adapter that does not fit, a model that neither fits nor can be streamed.
@@ -192,8 +195,13 @@ def ask(
                 f"{folder.name} takes {console.size(wanted)} in 32 bits, {console.size(there)} are free: "
                 "asked layer by layer"
             )
-        return _ask_streamed(folder, adapters, prompts, also, also_in)
-    return _ask_in_memory(folder, adapters, prompts, also, device, also_in)
+        return _ask_streamed(folder, adapters, prompts, also, also_in, label)
+    return _ask_in_memory(folder, adapters, prompts, also, device, also_in, label)
+
+
+def _passes(adapters: Sequence[Path], also_in: str) -> int:
+    """How often a model is asked: with its adapters, without them, in 16 bits."""
+    return 1 + bool(adapters) + (also_in != "float32")
 
 
 def _ask_in_memory(
@@ -203,22 +211,24 @@ def _ask_in_memory(
     also: Sequence[Logprobs] | None,
     device: str,
     also_in: str,
+    label: str,
 ) -> Said:
     from moesmith.export.parity import TOP, next_logprobs
 
     said = Said([])
-    with one_adapter(adapters) as adapter:
+    total = len(prompts.ids) * _passes(adapters, also_in)
+    with one_adapter(adapters) as adapter, console.bar(label, total=total) as bar:
         model = load(folder, device)
         adapted = put(model, adapter) if adapter is not None else model
-        said.full = next_logprobs(adapted, prompts.ids, TOP, also)
+        said.full = next_logprobs(adapted, prompts.ids, TOP, also, bar.advance)
         if adapter is not None:
             with adapted.disable_adapter():
-                said.bare = next_logprobs(adapted, prompts.ids, TOP, said.full)
+                said.bare = next_logprobs(adapted, prompts.ids, TOP, said.full, bar.advance)
         del model, adapted
         if also_in != "float32":
             model = load(folder, device, also_in)
             adapted = put(model, adapter) if adapter is not None else model
-            said.rounded = next_logprobs(adapted, prompts.ids, TOP, said.full)
+            said.rounded = next_logprobs(adapted, prompts.ids, TOP, said.full, bar.advance)
     return said
 
 
@@ -295,7 +305,12 @@ def available(device: str = "auto") -> int:
 
 
 def _ask_streamed(
-    folder: Path, adapters: Sequence[Path], prompts: Prompts, also: Sequence[Logprobs] | None, also_in: str
+    folder: Path,
+    adapters: Sequence[Path],
+    prompts: Prompts,
+    also: Sequence[Logprobs] | None,
+    also_in: str,
+    label: str,
 ) -> Said:
     import torch
 
@@ -306,12 +321,16 @@ def _ask_streamed(
     chunks = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
               for ids in prompts.ids]  # fmt: skip
 
+    passed = 0
+
     def once(
         deltas: Deltas | None, wanted: Sequence[Logprobs] | None, dtype: str = "float32"
     ) -> list[dict[int, float]]:
         from moesmith.export.parity import TOP, keep_top
 
+        nonlocal passed
         streamed = Layerwise.open(folder, getattr(torch, dtype))
+        layers = len(streamed.decoder_layers)
         if deltas is not None:
             _check_inside(deltas, streamed.decoder_layers)
         hidden: dict[int, Any] = {}
@@ -319,17 +338,20 @@ def _ask_streamed(
             streamed.run(
                 chunks, Path(spool) / "spool",
                 around_layer=None if deltas is None else _adapted(streamed.decoder_layers, deltas),
+                on_layer=lambda i: bar.update((passed + (i + 1) / layers) / _passes(adapters, also_in)),
                 on_output=lambda number, state: hidden.__setitem__(number, state[:, -1:].clone()),
             )  # fmt: skip
+        passed += 1
         with streamed.head() as logits:
             return [
                 keep_top(logits(hidden[i])[0, -1], TOP, wanted[i] if wanted is not None else ())
                 for i in range(len(chunks))
             ]
 
-    full = once(deltas, also)
-    bare = once(None, full) if deltas is not None else None
-    rounded = once(deltas, full, also_in) if also_in != "float32" else None
+    with console.bar(f"{label}, layer by layer", total=1) as bar:
+        full = once(deltas, also)
+        bare = once(None, full) if deltas is not None else None
+        rounded = once(deltas, full, also_in) if also_in != "float32" else None
     return Said(full, bare, rounded, streamed=True)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REPORTED = 1000
 """tokens that llama-server is asked to report: all of the source's likely ones are among them"""
-IMATRIX_CHUNKS = 32
+IMATRIX_CHUNKS = 16
 IMATRIX_PIECE = 2500
 """characters of one kind of text before the next kind follows"""
 WORK = ".work"
@@ -46,6 +46,23 @@ def check_quants(cfg: Any) -> list[str]:
         if kinds.count(kind) > 1:
             raise UserError(f"--quant {kind.lower()} is asked for twice")
     return kinds
+
+
+NEED_MATRIX = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K_S")
+"""quantisations that llama-quantize refuses to make without an importance matrix"""
+
+
+def check_kinds(cfg: Any, llama: LlamaCpp) -> None:
+    """Raise UserError for a quantisation that this llama.cpp does not know, or that lacks its matrix."""
+    known = llama.kinds()
+    for kind in check_quants(cfg):
+        if known and kind not in known | {"F32"}:
+            raise UserError(
+                f"--quant {kind.lower()}: llama-quantize does not know it",
+                f"it knows {', '.join(sorted(known)).lower()}",
+            )
+        if kind in NEED_MATRIX and cfg.imatrix is None:
+            raise UserError(f"--quant {kind.lower()} needs an importance matrix", "--imatrix auto")
 
 
 def needed(cfg: Any, source: Source) -> int:
@@ -72,7 +89,7 @@ def make_files(
     Raises:
         UserError: a tool failed, or parity is out of bounds.
     """
-    from moesmith.export.parity import quant_route
+    from moesmith.export.parity import compare, quant_route
     from moesmith.jobs._export import OUTTYPES, judge
     from moesmith.jobs._export_ask import Said
     from moesmith.jobs.export import ask_source
@@ -87,6 +104,9 @@ def make_files(
     said = ask_source(cfg, source, prompts)
     whole, seconds = ask_server(llama, wide, prompts, cfg.threads)
     route = quant_route(outtype)
+    scale = compare(said.full, said.rounded) if said.rounded is not None else None
+    if cfg.dtype == "float32":
+        said = replace(said, rounded=None)
     judged = [judge(route, "the source", said, whole, prompts, cfg.tolerance, seconds, dtype=cfg.dtype)]
     if kept:
         facts["files"].append({"file": wide.name, "kind": outtype.upper(), "bytes": wide.stat().st_size})
@@ -94,14 +114,16 @@ def make_files(
     matrix = importance(cfg, source, work, folder, wide, llama, facts) if quants else None
     for kind in quants:
         file = folder / f"{cfg.out.name}-{kind}.gguf"
-        made = llama.quantize(wide, file, kind, imatrix=matrix, threads=cfg.threads)
+        with console.bar(f"quantising to {kind}", total=1) as bar:
+            made = llama.quantize(wide, file, kind, imatrix=matrix, threads=cfg.threads, on_share=bar.update)
         say_quantised(kind, made)
         facts["files"].append({"file": file.name, **made})
         answers, seconds = ask_server(llama, file, prompts, cfg.threads)
         judged.append(
             judge(
                 f"gguf {kind.lower()}", f"the {outtype} file", Said(whole), answers, prompts, None, seconds,
-                bounds_of=quant_route(kind),
+                bounds_of=quant_route(kind), own=scale,
+                dtype="bfloat16" if cfg.dtype == "float32" else cfg.dtype,
             )
         )  # fmt: skip
     shutil.rmtree(work)
@@ -122,8 +144,8 @@ def convert(cfg: Any, source: Source, work: Path, out: Path, llama: LlamaCpp) ->
         say_merged(result, bool(source.adapters))
         facts["merged"] = asdict(result)
     started = time.perf_counter()
-    console.note("converting with llama.cpp")
-    llama.convert(folder, out, _outtype(cfg), cfg.pre_tokenizer)
+    with console.bar("converting with llama.cpp", total=1) as bar:
+        llama.convert(folder, out, _outtype(cfg), cfg.pre_tokenizer, on_share=bar.update)
     seconds = time.perf_counter() - started
     console.row(
         "convert", f"{console.size(out.stat().st_size)} of {_outtype(cfg)} in {console.duration(seconds)}"
@@ -173,8 +195,8 @@ def importance(
     write_atomically(text, mixed(list(kinds.values())))
     out = folder / f"{cfg.out.name}.imatrix.gguf"
     started = time.perf_counter()
-    console.note("making an importance matrix")
-    made = llama.imatrix(wide, text, out, IMATRIX_CHUNKS, threads=cfg.threads)
+    with console.bar("making an importance matrix", total=1) as bar:
+        made = llama.imatrix(wide, text, out, IMATRIX_CHUNKS, threads=cfg.threads, on_share=bar.update)
     seconds = time.perf_counter() - started
     console.row(
         "imatrix",

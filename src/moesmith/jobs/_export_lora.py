@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def export_in_form(
-    cfg: Any, source: Source, folder: Path, prompts: Prompts, said: Said, llama: LlamaCpp | None
+    cfg: Any, source: Source, folder: Path, prompts: Prompts, llama: LlamaCpp | None
 ) -> tuple[dict[str, Any], list[Judged]]:
     """Write the adapter into `folder` and compare it.
 
@@ -31,6 +31,7 @@ def export_in_form(
     from moesmith.export.lora import export_lora
     from moesmith.jobs._export_ask import one_adapter
     from moesmith.jobs._export_gguf import WORK
+    from moesmith.jobs.export import ask_source
 
     place = folder / WORK / "adapter" if cfg.for_ == "gguf" else folder
     place.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,7 @@ def export_in_form(
         f"{made.tensors:,} tensors of rank {made.rank}, {console.size(made.bytes)} · places: {placements}"
         + (f" · {made.experts:,} expert matrices" if made.experts else ""),
     )
+    said = ask_source(cfg, source, prompts)
     if cfg.for_ == "gguf":
         assert llama is not None
         more, judged = _through_llama(cfg, source, folder, place, prompts, said, llama)
@@ -155,10 +157,10 @@ def _through_llama(
         base.mkdir(parents=True)
         say_merged(merge(cfg, source, base, adapters=False), False)
     file = folder / f"{cfg.out.name}.gguf"
-    console.note("converting with llama.cpp")
-    llama.convert_lora(form, base, file)
     wide = work / f"base-{outtype}.gguf"
-    llama.convert(base, wide, outtype, cfg.pre_tokenizer)
+    with console.bar("converting with llama.cpp", total=1) as bar:
+        llama.convert_lora(form, base, file)
+        llama.convert(base, wide, outtype, cfg.pre_tokenizer, on_share=bar.update)
     export, seconds = ask_server(llama, wide, prompts, cfg.threads, lora=file)
     judged = judge_one(cfg, quant_route(outtype), source, said, export, prompts, seconds)
     facts = {"file": file.name, "bytes": file.stat().st_size, "llama_cpp": llama.version()}

@@ -54,6 +54,7 @@ class Asked:
 
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused: files that are not there, a place that is taken."""
+    from moesmith.jobs._eval import check_run
     from moesmith.jobs._folder import check_place
     from moesmith.models.checkpoint import local_folder
 
@@ -76,7 +77,7 @@ def check(cfg: Config) -> None:
         local_folder(source_of(cfg)[0])
     check_place(cfg.out, None, cfg.overwrite, "eval.json")
     if cfg.against is not None:
-        check_run(cfg.against)
+        check_run(cfg.against, kind="gpqa")
 
 
 def run(cfg: Config) -> None:
@@ -158,6 +159,7 @@ def at_server(cfg: Config, questions: Sequence[Question]) -> Asked:
     assert cfg.server is not None
     longest, budget = limits(cfg)
     server = Server.find(cfg.server, cfg.server_model)
+    server.say = console.warn
     name = server.about.get("file") or Path(server.model).name or server.model
     context = f" · {server.context:,} tokens of context" if server.context else ""
     console.row(
@@ -310,30 +312,13 @@ def answer(cfg: Config, asked: Asked, done: Mapping[int, Reply], unfinished: Unf
 # ---------------------------------------------------------------- an earlier run
 
 
-def check_run(folder: Path) -> None:
-    """Raise UserError unless a folder holds a run of `moesmith eval --gpqa`."""
-    from moesmith.jobs._eval import ANSWERS, RECORD
-
-    if not folder.is_dir():
-        raise no_such_file(folder, "against")
-    record = folder / RECORD
-    if not (folder / ANSWERS).is_file() or not record.is_file():
-        raise UserError(
-            f"against: {folder} holds no run", "wanted a folder that `moesmith eval --gpqa` wrote"
-        )
-    if json.loads(record.read_text(encoding="utf-8")).get("kind") != "gpqa":
-        raise UserError(
-            f"against: {folder} is a run of other questions", "wanted one of `moesmith eval --gpqa`"
-        )
-
-
 def read_run(folder: Path) -> tuple[GpqaEval, dict[str, Any]]:
     """The answers and the record of an earlier run, read again by the rules of this version."""
     from moesmith.eval.gpqa import Question, from_rows, judge
     from moesmith.eval.reasoning import Reply
-    from moesmith.jobs._eval import ANSWERS, RECORD, read_lines
+    from moesmith.jobs._eval import ANSWERS, RECORD, check_run, read_lines
 
-    check_run(folder)
+    check_run(folder, kind="gpqa")
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     try:
         run = from_rows(read_lines(folder / ANSWERS), record["gpqa"]["seconds"])

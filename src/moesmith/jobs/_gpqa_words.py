@@ -22,7 +22,7 @@ def say_questions(cfg: Config, questions: Sequence[Question], counts: Counts) ->
     domains = len({one.domain for one in questions if one.domain})
     parts = [f"{len(questions):,} questions of {cfg.gpqa}", f"choices in the order of seed {cfg.seed}"]
     if domains:
-        parts.insert(1, f"{domains} domains")
+        parts.insert(1, f"{domains} domain{'s' * (domains > 1)}")
     console.row("gpqa", " · ".join(parts), width=LABEL)
     for why, count in counts.dropped.items():
         console.warn(f"{count:,} rows are dropped: {why} (first: row {counts.firsts[why]})")

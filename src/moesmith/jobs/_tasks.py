@@ -48,7 +48,7 @@ def check(cfg: Config) -> None:
         local_folder(source)
     check_place(cfg.out, None, cfg.overwrite, RECORD)
     if cfg.against is not None:
-        check_run(cfg.against, answers=SAMPLES)
+        check_run(cfg.against, kind="tasks", answers=SAMPLES)
 
 
 def run(cfg: Config) -> None:
@@ -262,7 +262,8 @@ def read_run(folder: Path) -> tuple[list[Item], dict[str, Any]]:
 
 def check_ids(earlier: Sequence[Item], tasks: Tasks) -> None:
     """Raise UserError, before anything is asked, when no task is in common or one has other items."""
-    from moesmith.eval.items import by_task
+    from moesmith.eval.harness import keys
+    from moesmith.eval.items import another_item, by_task
 
     first, counts = by_task(earlier), tasks.counts()
     common = [name for name in counts if name in first]
@@ -279,6 +280,10 @@ def check_ids(earlier: Sequence[Item], tasks: Tasks) -> None:
                 f"{counts[name]:,} here",
                 "compare runs with the same --limit",
             )
+        now = keys(tasks, name)
+        for item in first[name]:
+            if item.key != now[item.id]:
+                raise another_item(name, item.id)
     left = [name for name in counts if name not in first]
     if left:
         console.warn(f"not in the earlier run, so not compared: {', '.join(left)}")
@@ -332,9 +337,12 @@ def how(cfg: Config, identity: dict[str, Any], asker: Asker) -> dict[str, Any]:
 
 def following(cfg: Config) -> str:
     """What to run next."""
-    same = [*([cfg.model] if cfg.model else []), *(["--adapter", str(cfg.adapter)] if cfg.adapter else [])]
-    if cfg.against is not None or cfg.server is not None:
-        return shlex.join(["moesmith", "chat", *same, *(["--server", cfg.server] if cfg.server else [])])
+    if cfg.server is not None:
+        named = [cfg.server_model] if cfg.server_model else []
+        return shlex.join(["moesmith", "chat", *named, "--server", cfg.server])
+    if cfg.against is not None:
+        adapter = ["--adapter", str(cfg.adapter)] if cfg.adapter else []
+        return shlex.join(["moesmith", "chat", *([cfg.model] if cfg.model else []), *adapter])
     words = shlex.join(["moesmith", "eval", *([cfg.model] if cfg.model else [])])
     names, earlier = ",".join(cfg.tasks or []), shlex.quote(str(cfg.out))
     return f"{words} --adapter … --tasks {names} --out … --against {earlier}"

@@ -126,7 +126,8 @@ def talk(cfg: Config, chat: Chat | ServerChat) -> None:
 
 def join_server(cfg: Config, url: str) -> ServerChat:
     """A conversation with a model of a server."""
-    from moesmith.jobs._chat_server import Server, ServerChat, pick_model, read_key
+    from moesmith.jobs._api_key import read_key
+    from moesmith.jobs._chat_server import Server, ServerChat, pick_model
 
     check_settings(cfg)
     server = Server(url, read_key(cfg.api_key))

@@ -96,8 +96,9 @@ def check(cfg: Config) -> None:
             raise UserError(f"{config.flag(key.name)} belongs to {owners}, not to `export {cfg.action}`")
     if cfg.action == "lora" and not cfg.adapter:
         raise UserError("export lora: missing --adapter", "the folder of an adapter: --adapter run1/best")
-    if cfg.llama_cpp is not None and cfg.action == "lora" and cfg.for_ != "gguf":
-        raise UserError("--llama-cpp goes with --for gguf")
+    for name in ("llama_cpp", "pre_tokenizer", "threads"):
+        if getattr(cfg, name) is not None and cfg.action == "lora" and cfg.for_ != "gguf":
+            raise UserError(f"{config.flag(name)} goes with --for gguf")
     bases = [recorded_base(adapter) for adapter in cfg.adapter]
     given = cfg.model or next((base["path"] for base in bases if base and base.get("path")), None)
     if given is None:
@@ -199,8 +200,7 @@ def lora(cfg: Config) -> None:
         return done_dry(cfg, source)
     record = record_of(cfg, source)
     with making(cfg.out) as folder:
-        said = ask_source(cfg, source, prompts)
-        counts, judged = export_in_form(cfg, source, folder, prompts, said, llama)
+        counts, judged = export_in_form(cfg, source, folder, prompts, llama)
         record |= {"lora": counts, "prompts": prompts.facts(), "parity": [one.facts() for one in judged]}
         write_record(folder, record, own_record(source) if cfg.for_ == "peft" else None)
         write_card(folder, source, record)
@@ -218,9 +218,10 @@ def lora(cfg: Config) -> None:
 def gguf(cfg: Config) -> None:
     """Files for llama.cpp: merge, convert, quantise, compare in llama-server."""
     from moesmith.jobs._export import making, record_of, write_record
-    from moesmith.jobs._export_gguf import make_files, needed, write_modelfile
+    from moesmith.jobs._export_gguf import check_kinds, make_files, needed, write_modelfile
 
     llama = llama_of(cfg)
+    check_kinds(cfg, llama)
     source = opened(cfg)
     check_gguf(source, llama)
     space(cfg, needed(cfg, source), "the export")
@@ -329,9 +330,10 @@ def ask_source(cfg: Config, source: Source, prompts: Prompts) -> Said:
 
     started = time.perf_counter()
     exact = cfg.action == "lora" and cfg.for_ != "gguf"
+    wide = cfg.action == "gguf" and cfg.quant and cfg.dtype == "float32"  # quantised files need the scale
     said = ask(
         source.folder, source.adapters, prompts, stream=cfg.stream, device=cfg.device,
-        also_in="float32" if exact else cfg.dtype,
+        also_in="float32" if exact else "bfloat16" if wide else cfg.dtype, label="asking the source",
     )  # fmt: skip
     way = "layer by layer" if said.streamed else "in memory"
     console.note(f"asked the source {way} in {console.duration(time.perf_counter() - started)}")
@@ -342,7 +344,15 @@ def ask_folder(cfg: Config, folder: Path, adapters: list[Path], prompts: Prompts
     """What an exported folder says in transformers, of the tokens that the source found likely."""
     from moesmith.jobs._export_ask import ask
 
-    return ask(folder, adapters, prompts, also=said.full, stream=cfg.stream, device=cfg.device).full
+    return ask(
+        folder,
+        adapters,
+        prompts,
+        also=said.full,
+        stream=cfg.stream,
+        device=cfg.device,
+        label="asking the export",
+    ).full
 
 
 def judge_one(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 POSITIONAL = ("model",)
 JSON = True
 EXAMPLE = "moesmith serve qwen3-nf4 --adapter tools=out/best --port 8000"
+TELLING = 3  # seconds for telling clients that their answers have ended with the grace
 OUT_OF_MEMORY = "lower --context or --slots: both size the cache; or load it in fewer bits: --scheme nf4"
 
 
@@ -68,6 +69,7 @@ class Config(JobConfig):
 
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused."""
+    from moesmith.jobs._api_key import read_key
     from moesmith.jobs.chat import recorded_base
     from moesmith.models.checkpoint import local_folder
 
@@ -84,13 +86,14 @@ def check(cfg: Config) -> None:
     if not 0 <= cfg.port < 65536:
         raise UserError(f"port={cfg.port} must be 0 to 65535")
     read_size(cfg.max_body)
-    read_key(cfg.api_key)
+    read_key(cfg.api_key, slash=False)
 
 
 def run(cfg: Config) -> None:
+    from moesmith.jobs._api_key import read_key
     from moesmith.serve.limits import Limits, is_loopback
 
-    key = read_key(cfg.api_key)
+    key = read_key(cfg.api_key, slash=False)
     bound = listen(cfg.host, cfg.port)  # before the model is loaded: a port that is taken shows at once
     limits = Limits(
         api_key=key,
@@ -159,24 +162,6 @@ def read_size(text: str) -> int:
     return nbytes
 
 
-def read_key(given: str | None) -> str | None:
-    """The key: the first line of the file that is named, else the word itself."""
-    if given is None:
-        return None
-    path = Path(given).expanduser()
-    key = given
-    if "/" in given or path.is_file():
-        try:
-            key = path.read_text(encoding="utf-8").partition("\n")[0]
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"api_key: cannot read {path}: {error}") from None
-    if not key.strip() or not key.strip().isascii():
-        raise UserError(
-            "api_key is empty or not plain ASCII", "openssl rand -hex 24 > key, then --api-key key"
-        )
-    return key.strip()
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises UserError if the address cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -199,13 +184,15 @@ def make_engine(cfg: Config) -> Engine:
     from transformers import AutoTokenizer
 
     from moesmith.jobs import chat
-    from moesmith.models.checkpoint import has_tokenizer
+    from moesmith.models.checkpoint import has_tokenizer, read_config, resolve
     from moesmith.serve.engine import Engine, Served
 
     adapters = named_adapters(cfg.adapter)
     bases = {name: chat.recorded_base(folder) for name, folder in adapters.items()}
     source = source_of(cfg, adapters)
     started = time.perf_counter()
+    config = read_config(resolve(source))
+    check_context(cfg.context, (config.get("text_config") or config).get("max_position_embeddings"))
     how = chat.Config(model=source, scheme=cfg.scheme, dtype=cfg.dtype, device=cfg.device)
     folder, model, tokenizer = chat.load(source, how, next(iter(bases.values()), None))
     name = cfg.name or Path(source).expanduser().resolve().name
@@ -218,8 +205,7 @@ def make_engine(cfg: Config) -> Engine:
     model.eval()
     console.note(f"{folder.name} loaded in {console.duration(time.perf_counter() - started)}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
-    if cfg.context is not None and cfg.context > longest:
-        raise UserError(f"context={cfg.context}: the model can {longest:,} tokens")
+    check_context(cfg.context, longest)
     engine = Engine(
         model,
         served,
@@ -232,7 +218,19 @@ def make_engine(cfg: Config) -> Engine:
             f"continuous batching does not work with {type(engine.model).__name__}: one answer is written "
             f"after the other ({engine.why_serial})"
         )
+    together = len(served) * engine.cache_bytes()
+    if together > engine.free:
+        console.warn(
+            f"if all {len(served)} names are used, their caches take {console.size(together)}, and "
+            f"{console.size(engine.free)} are free: lower --context or --slots"
+        )
     return engine
+
+
+def check_context(context: int | None, longest: int | None) -> None:
+    """Refuse a context that is longer than the model's."""
+    if context is not None and longest is not None and context > longest:
+        raise UserError(f"context={context}: the model takes {longest:,} tokens at most")
 
 
 def inner_name(number: int) -> str:
@@ -283,7 +281,9 @@ def put_adapters(
 
 def serve(engine: Engine, limits: Limits, bound: socket.socket, cfg: Config) -> None:
     """Answer until a signal comes; then end what is being written, within the grace."""
+    import logging
     import signal
+    import threading
 
     import uvicorn
 
@@ -296,11 +296,18 @@ def serve(engine: Engine, limits: Limits, bound: socket.socket, cfg: Config) -> 
                 announce(engine, bound, cfg)
 
         def handle_exit(self, sig: int, frame: Any) -> None:
+            engine.stopping = True
             if self.should_exit:
                 self.force_exit = True  # asked twice
-            elif engine.active():
-                console.note(f"stopping: {engine.active()} answers have {cfg.grace:.0f} s to end")
-            engine.stopping = True
+            else:
+                if active := engine.active():
+                    answers = "1 answer has" if active == 1 else f"{active} answers have"
+                    console.note(f"stopping: {answers} {cfg.grace:.0f} s to end")
+                # What is cut short from now on is meant to be: no tracebacks about it.
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                late = threading.Timer(cfg.grace, engine.abandon)
+                late.daemon = True
+                late.start()
             super().handle_exit(sig, frame)
 
     # The server restores these when it is done, and raises the signal again for them.
@@ -311,7 +318,7 @@ def serve(engine: Engine, limits: Limits, bound: socket.socket, cfg: Config) -> 
         log_level="error",
         access_log=False,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(cfg.grace)),
+        timeout_graceful_shutdown=round(cfg.grace) + TELLING,
         limit_concurrency=1024,
     )
     ended = False

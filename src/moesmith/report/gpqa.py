@@ -46,7 +46,7 @@ def scores(runs: list[dict[str, Any]], compared: list[dict[str, Any]]) -> Sectio
         for name, key, one in readings
     ]
     last = runs[-1]
-    said = f"{name_of(last)} answers {_score(mapping(last.get('flexible')))} right"
+    said = f"Right answers of {name_of(last)}: {_score(mapping(last.get('flexible')))}"
     return section(
         "gpqa",
         "Score",
@@ -186,7 +186,7 @@ def _bias(run: dict[str, Any]) -> str | None:
         f"{name} {number(int(sum(column)))}"
         for name, column in zip(read, zip(*rows, strict=True), strict=True)
     )
-    return f"{name_of(run)} read as: {told}."
+    return f"Letters read from {name_of(run)}: {told}."
 
 
 LENGTHS = {"tokens": "tokens", "reasoning_tokens": "tokens of reasoning", "characters": "characters"}
@@ -254,10 +254,10 @@ def _card(one: dict[str, Any]) -> Html:
     told = " · ".join(f"{name}: {visible(value)}" for name, value in read if value is not None)
     why = "; ".join(str(word) for word in items(one.get("why")))
     above = tag("p", told, tag("br"), tag("small", f"{one.get('rule') or ''}. {why}.".strip()), class_="hint")
-    sides = [
-        side("where it was read", one.get("excerpt")),
-        side("the end of the answer", _end(one.get("answer"))),
-    ]
+    excerpt, end = str(one.get("excerpt") or ""), _end(one.get("answer"))
+    sides = [side("where it was read", excerpt), side("the end of the answer", end)]
+    if excerpt.split() == end.split():
+        sides = [side("the answer", end)]
     return card(f"{one.get('question') or ''}\n{choices}", sides, above)
 
 

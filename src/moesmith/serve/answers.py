@@ -13,8 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from .calls import BesideCalls
 from .sampling import Sampling, Token
-from .schema import Refused
+from .schema import STOPS, Refused
 from .thoughts import Reply
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Part:
     """What came since the last part."""
 
     text: str
+    """with tools: as far as no call can have begun"""
     thought: str
     tokens: list[Token]
     finish: str | None
@@ -51,6 +53,8 @@ class Choice:
     """of time.monotonic()"""
     chat: bool = False
     """thoughts are told from what is said"""
+    beside: BesideCalls | None = None
+    """holds back what may be a tool call; None if there are no tools"""
     tokens: list[Token] = field(default_factory=list)
     text: str = ""
     thought: str = ""
@@ -96,18 +100,23 @@ class Choice:
                 for token in event.tokens:
                     self.tokens.append(token)
                     waiting.append(token)
-                    shown.append(reply.put(token.id))
+                    text, thought = reply.put(token.id)
+                    self.text += text
+                    shown.append((self._shown(token, text), thought))
                     if reply.stopped:
                         break
                 if reply.stopped:
                     self.finish = "stop"
+                elif event.finish == "error" and self.engine.stopping:
+                    raise Refused(503, STOPS, kind="server_error", headers={"Retry-After": "5"})
                 elif event.finish == "error":
                     raise Refused(500, f"the answer failed: {event.error}", kind="server_error")
                 elif event.finish is not None:
-                    shown.append(reply.finish())
+                    text, thought = reply.finish()
+                    self.text += text
+                    shown.append((text if self.beside is None else "", thought))
                     self.finish = event.finish
                 text, thought = ("".join(said) for said in zip(*shown, strict=True)) if shown else ("", "")
-                self.text += text
                 self.thought += thought
                 if text or thought or self.finish is not None:
                     yield Part(text, thought, waiting, self.finish)
@@ -116,6 +125,9 @@ class Choice:
             if request is not None:
                 self.engine.cancel(request)
             self._record(began, first)
+
+    def _shown(self, token: Token, text: str) -> str:
+        return text if self.beside is None else self.beside.put(token.id, text)
 
     async def _next(self, events: asyncio.Queue[Event]) -> Event:
         left = self.deadline - time.monotonic()

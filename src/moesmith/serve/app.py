@@ -28,17 +28,21 @@ from starlette.exceptions import HTTPException
 from moesmith.errors import UserError
 
 from .answers import Choice
-from .calls import chat_messages, chat_tools
+from .calls import BesideCalls, chat_messages, chat_tools
 from .engine import Engine
 from .limits import Gate, Limits, check_host, check_key, errors_as_json, read_body
 from .metrics import Metrics
 from .replies import ChatReply, CompletionReply
 from .sampling import Sampling
-from .schema import ChatRequest, Common, CompletionRequest, Refused, read
+from .schema import STOPS, ChatRequest, Common, CompletionRequest, Refused, read
 from .streams import EventStream, unless_gone
 
 log = logging.getLogger(__name__)
 TAIL = 30.0  # seconds beyond an answer's deadline that a client has to take the rest of its stream
+
+PAGE_HEADERS = {
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"
+}  # fmt: skip
 
 
 class Server:
@@ -69,7 +73,7 @@ class Server:
 
     def check_running(self) -> None:
         if self.engine.stopping:
-            raise Refused(503, "the server stops", kind="server_error", headers={"Retry-After": "5"})
+            raise Refused(503, STOPS, kind="server_error", headers={"Retry-After": "5"})
 
     def room(self, prompt: list[int]) -> int:
         """Tokens that an answer to this prompt may have."""
@@ -154,7 +158,11 @@ class Server:
                 asked, asked.max_completion_tokens or asked.max_tokens, self.room(prompt), top
             )
             key = f"chatcmpl-{uuid.uuid4().hex}"
-            reply = ChatReply(self, asked, key, tools, self.choices(asked, key, [(prompt, how)], chat=True))
+            choices = self.choices(asked, key, [(prompt, how)], chat=True)
+            if tools is not None and speaker.form is not None:
+                for choice in choices:
+                    choice.beside = BesideCalls(speaker.tokenizer, speaker.form)
+            reply = ChatReply(self, asked, key, tools, choices)
             if asked.stream:
                 return EventStream(reply.lines(), stack.pop_all().close, self.limits.timeout + TAIL)
             return await unless_gone(request, reply.whole())
@@ -184,7 +192,10 @@ class Server:
     # ------------------------------------------------------------ the rest
 
     def models(self) -> dict[str, Any]:
-        about = {"object": "model", "created": int(self.engine.started), "owned_by": "moesmith"}
+        about = {
+            "object": "model", "created": int(self.engine.started), "owned_by": "moesmith",
+            "max_model_len": self.engine.context,
+        }  # fmt: skip
         return {"object": "list", "data": [{"id": name} | about for name in self.engine.served]}
 
     def health(self) -> Response:
@@ -292,9 +303,7 @@ def make_app(engine: Engine, limits: Limits | None = None) -> FastAPI:
             check_host(request, server.limits)
         except Refused as refused:
             return errors_as_json(refused)  # type: ignore[no-any-return]
-        return HTMLResponse(
-            html(), headers={"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-        )
+        return HTMLResponse(html(), headers=PAGE_HEADERS)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:

@@ -28,9 +28,10 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
 from transformers.generation.continuous_batching.requests import RequestStatus
 
+from .memory import PAGE, pages
 from .sampling import Sampling, Token, choose
+from .schema import STOPS
 
-PAGE = 64  # tokens of one cache page
 BATCH_TOKENS = 512  # a longer prompt is read in parts of this, so that others' answers go on in between
 
 
@@ -137,9 +138,8 @@ class Batched:
         self._lock = threading.Lock()
         config = ContinuousBatchingConfig(
             page_size=PAGE,
-            # By default the cache takes nearly all the memory there is. Two pages more per slot, because
-            # layers of different kinds round up separately.
-            num_blocks=slots * (-(-context // PAGE) + 2),
+            # By default the cache takes nearly all the memory there is.
+            num_blocks=pages(context, slots),
             max_batch_tokens=max(BATCH_TOKENS, slots),
             max_requests_per_batch=slots,
             use_async_batching=False,
@@ -185,11 +185,15 @@ class Batched:
         """End the loop; requests that are still there are told of an error. Whether it has ended."""
         if self.manager.is_running():
             self.manager.stop(block=True, timeout=timeout, hard_stop=True)
+        self.abandon()
+        return not self.manager.is_running()
+
+    def abandon(self) -> None:
+        """Tell every request that its answer ends here."""
         for request in list(self.jobs):
             job = self._pop(request)
             if job is not None:
-                job.tell(Event(finish="error", error="the server stops"))
-        return not self.manager.is_running()
+                job.tell(Event(finish="error", error=STOPS))
 
     def _pop(self, request: str) -> Job | None:
         with self._lock:

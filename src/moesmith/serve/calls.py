@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from moesmith.data.tool_format import ToolFormat
+from moesmith.data.tool_opening import Opening
+from moesmith.data.tool_probe import without_thoughts
 from moesmith.data.tools import ToolSpec, parse_tools
 from moesmith.errors import UserError
 
@@ -101,10 +103,11 @@ class Words:
 
     Args:
         stops: strings that end the answer; they are no part of it.
+        special: with special tokens as they are written.
     """
 
-    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = ()):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, stops: tuple[str, ...] = (), special: bool = False):
+        self.tokenizer, self.special = tokenizer, special
         self.stops = tuple(stop for stop in stops if stop)
         self.ids: list[int] = []
         self.text = ""
@@ -130,7 +133,8 @@ class Words:
         return text[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        skip = not self.special
+        return str(self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def _show(self, new: str, last: bool) -> str:
         text = self._held + new
@@ -143,6 +147,33 @@ class Words:
             text, self._held = text[: len(text) - held], text[len(text) - held :]
         self.text += text
         return text
+
+
+class BesideCalls:
+    """What is said in an answer that may hold tool calls, as far as it is certainly no part of one."""
+
+    def __init__(self, tokenizer: Any, form: ToolFormat):
+        self.shown = ""
+        """what `put` has let through"""
+        self._words = Words(tokenizer, special=True)
+        self._opening = Opening.of(form)
+        self._waiting = ""
+
+    def put(self, token: int, text: str) -> str:
+        """What can be shown now that `token` has come, and `text` with it."""
+        self._waiting += text
+        if not self._opening.put(self._words.put(token)):
+            return ""
+        text, self._waiting = self._waiting, ""
+        self.shown += text
+        return text
+
+    def rest(self, said: str) -> str:
+        """What is still to be shown of an answer that has ended, and says `said` beside its calls."""
+        for begun in (self.shown, self.shown.strip(), without_thoughts(self.shown).strip()):
+            if said.startswith(begun):
+                return said[len(begun) :]
+        return ""
 
 
 def _overlap(text: str, stop: str) -> int:

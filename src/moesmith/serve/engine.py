@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from moesmith.errors import UserError
 
+from . import memory
 from .sampling import Sampling, Token
+from .schema import STOPS
 
 if TYPE_CHECKING:
     from .batching import Batched, Event
@@ -136,6 +138,10 @@ class Engine:
         self._voices_lock = threading.Lock()
         self._where: dict[str, Batched | Serial] = {}
         self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self.free = memory.free(self.model.get_input_embeddings().weight.device)
+        """bytes that could be taken before there was a cache"""
+        if not serial:
+            self._check_memory()
         if serial is None:
             self.why_serial = self._cannot_batch()
 
@@ -191,6 +197,13 @@ class Engine:
         self.stopping = True
         return self._end_loops(timeout)
 
+    def abandon(self) -> None:
+        """Take nothing more, and end every answer with an error: the server cannot wait any longer."""
+        self.stopping = True
+        with self._voices_lock:
+            for voice in self._voices.values():
+                voice.abandon()
+
     def _end_loops(self, timeout: float) -> bool:
         # Every manager that ends collects garbage twice, 0.3 s each with these libraries loaded.
         gc.freeze()
@@ -205,7 +218,7 @@ class Engine:
     def _voice(self, name: str) -> Batched | Serial:
         with self._voices_lock:
             if self.stopping:
-                raise RuntimeError("the server stops")
+                raise RuntimeError(STOPS)
             voice = self._voices.get(name)
             if voice is None or not voice.alive:
                 if voice is not None:
@@ -341,6 +354,18 @@ class Engine:
         if sum(apart) / len(apart) > 0.5:
             return self._give_up(f"log-probabilities differ by {max(apart):.2g}")
         return None
+
+    def _check_memory(self) -> None:
+        wanted = memory.cache_bytes(self.model, self.context, self.slots)
+        if wanted is None or wanted <= self.free:
+            return
+        share = 0.9 * self.free / wanted
+        fits = memory.context_of(int(share * memory.pages(self.context, self.slots)), self.slots)
+        raise UserError(
+            f"no memory for {self.slots:,} answers of {self.context:,} tokens: their cache takes "
+            f"{wanted / 1e9:,.1f} GB for each name, {self.free / 1e9:,.1f} GB are free",
+            f"--context {fits} would fit; or lower --slots" if fits > 0 else "lower --slots and --context",
+        )
 
     def _give_up(self, why: str) -> str:
         self._end_loops(30.0)

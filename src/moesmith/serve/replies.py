@@ -13,6 +13,7 @@ from .answers import Choice, Part, chat_logprobs, completion_logprobs, together,
 from .sampling import Token
 from .schema import ChatRequest, CompletionRequest
 from .streams import event, gather
+from .thoughts import UNREAD
 
 if TYPE_CHECKING:
     from .app import Server
@@ -54,6 +55,8 @@ class ChatReply:
         text, calls = self.speaker.read_calls(choice.ids, self.tools)
         if not calls:
             return said, end
+        if choice.beside is not None and any(marker in text for marker in UNREAD):
+            text = choice.beside.shown.strip()
         if self.asked.parallel_tool_calls is False:
             calls = calls[:1]
         said |= {"content": text or None, "tool_calls": calls}
@@ -65,7 +68,7 @@ class ChatReply:
         return chat_logprobs(self.speaker.tokenizer, tokens, self.speaker.stop_ids)
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """Server-sent events. With tools a choice comes in one piece: a call is known by its end."""
+        """Server-sent events. Calls, and what may be one, come at the end: a call is known by its end."""
         for choice in self.choices:
             yield self.chunk(choice.index, {"role": "assistant", "content": ""})
         async with aclosing(together(self.choices)) as parts:
@@ -79,17 +82,13 @@ class ChatReply:
     def lines_of(self, choice: Choice, part: Part) -> Iterator[bytes]:
         """The events of one part. The choice may be ahead of it by now."""
         tokens, end = part.tokens, part.finish
-        if self.tools is None:
-            both = {"content": part.text, "reasoning_content": part.thought}
-            delta: dict[str, Any] = {key: text for key, text in both.items() if text}
-        elif end is None:
-            return
-        else:
-            delta, end = self.message(choice)
-            tokens = choice.tokens
-            del delta["role"], delta["refusal"]
-            for place, call in enumerate(delta.get("tool_calls", ())):
-                call["index"] = place
+        both: dict[str, Any] = {"content": part.text, "reasoning_content": part.thought}
+        if choice.beside is not None and end is not None:
+            message, end = self.message(choice)
+            both["content"] += choice.beside.rest(message["content"] or "")
+            calls = message.get("tool_calls", ())
+            both["tool_calls"] = [{"index": place} | call for place, call in enumerate(calls)]
+        delta = {key: value for key, value in both.items() if value}
         if delta or tokens:
             yield self.chunk(choice.index, delta, logprobs=self.logprobs(tokens))
         if end is not None:

@@ -18,6 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from .batching import Event, Job
 from .sampling import choose
+from .schema import STOPS
 
 
 class _Choose(LogitsProcessor):
@@ -90,12 +91,16 @@ class Serial:
         """End the loop; requests that are still there are told of an error. Whether it has ended."""
         self._stopping = True
         self._line.put(None)
-        left = [self.jobs.pop(request, None) for request in list(self.jobs)]
+        self.abandon()
         self._thread.join(timeout)
-        for job in left:
-            if job is not None:
-                job.tell(Event(finish="error", error="the server stops"))
         return not self._thread.is_alive()
+
+    def abandon(self) -> None:
+        """Tell every request that its answer ends here."""
+        for request in list(self.jobs):
+            job = self.jobs.pop(request, None)
+            if job is not None:
+                job.tell(Event(finish="error", error=STOPS))
 
     def _run(self) -> None:
         while (job := self._line.get()) is not None:

@@ -16,6 +16,7 @@ PAIRS = (("<think>", "</think>", ""), ("<|channel>", "<channel|>", "thought"))
 # The harmony format: <|channel|>NAME<|message|>text<|end|>, then <|start|>ROLE and the next channel.
 CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
 THINKING = "analysis"
+UNREAD = ("<|channel>", "<channel|>", *CHANNELS)  # what readers of tool calls leave in the text beside them
 FAR = 4  # tokens behind an opening marker at the end of a prompt
 
 

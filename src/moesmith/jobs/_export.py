@@ -7,10 +7,9 @@ leaves nothing, and the next run clears away what a killed one left.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -191,43 +190,16 @@ def quant_bytes(wide: int, kind: str, width: int = 2) -> int:
 
 @contextmanager
 def making(out: Path) -> Iterator[Path]:
-    """The folder to write into; it gets its name when the body ends, and is removed when that fails.
+    """The folder to write into; it gets its name when the body ends, and is removed when that fails."""
+    from moesmith.jobs._folder import finish_folder, start_folder
 
-    Raises:
-        UserError: another export is writing it.
-    """
-    from moesmith.jobs._folder import INCOMPLETE, finish_folder, start_folder
-
-    marker = out.resolve().with_name(f"{out.name}.tmp") / INCOMPLETE
-    with ExitStack() as held:
-        if marker.exists():  # of a run that was killed, or that is at work
-            held.enter_context(_locked(marker, out))
-        temporary = start_folder(out)
-        held.enter_context(_locked(marker, out))
-        try:
-            yield temporary
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        finish_folder(temporary, out)
-
-
-@contextmanager
-def _locked(marker: Path, out: Path) -> Iterator[None]:
-    """A lock on the marker of an unfinished folder; it goes with the process that holds it."""
-    with open(marker, "rb") as file:
-        if os.name == "posix":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another export is writing {out}", "wait for it, or choose another --out"
-                ) from None
-            except OSError:  # a file system without locks
-                pass
-        yield
+    temporary = start_folder(out)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finish_folder(temporary, out)
 
 
 def record_of(cfg: Any, source: Source) -> dict[str, Any]:

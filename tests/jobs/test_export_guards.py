@@ -1,4 +1,4 @@
-"""What `moesmith export` leaves nothing of, and what it refuses before it costs anything."""
+"""What a killed `moesmith export` leaves behind, and what is refused before it costs anything."""
 
 import subprocess
 import sys

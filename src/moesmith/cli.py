@@ -150,7 +150,7 @@ def overview(names: Sequence[str]) -> str:
     """The text of `moesmith --help`. Reads the first line of each job's docstring without importing it."""
     width = max((len(name) for name in names), default=0) + 2
     lines = [
-        "moesmith: build Mixture-of-Experts models, load any in 4 bits, tune, evaluate, serve and export them",
+        "moesmith: build Mixture-of-Experts models, load any in 4 bits, tune, judge, serve and export them",
         "",
     ]
     for name in names:

@@ -94,7 +94,7 @@ def quality(monkeypatch):
     """Canned answers: a share of right ones per stage, by a part of the adapter's path ("" is the model)."""
     from moesmith.eval.failures import FAILURES, RIGHT
     from moesmith.eval.tool_calls import ToolAnswer
-    from moesmith.jobs import eval as evaluation
+    from moesmith.jobs import _requests as evaluation
 
     shares = {"": 0.0, "0-sft": 0.4, "round-1": 0.8, "round-2": 0.2}
     assert "wrong_tool" in FAILURES

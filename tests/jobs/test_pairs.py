@@ -340,7 +340,7 @@ def test_a_run_without_a_mistake_has_nothing_to_confuse(files, capsys):
 def test_a_folder_that_is_no_run_says_what_writes_one(files, capsys):
     assert "no such file" in pairs(capsys, "analyse", files / "runn", status=2)
     (files / "other").mkdir()
-    assert "has no answers.jsonl" in pairs(capsys, "analyse", files / "other", status=2)
+    assert "has no eval.json" in pairs(capsys, "analyse", files / "other", status=2)
     write_jsonl(files / "other" / "answers.jsonl", [{"key": "x", "answers": []}])
     assert "has no eval.json" in pairs(capsys, "analyse", files / "other", status=2)
     (files / "other" / "eval.json").write_text('{"tool_calls": {"seconds": 1.0}}')

@@ -264,6 +264,8 @@ class Server:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
             connection.connect()
+            if self._stopped.is_set():  # `stop` found no socket to close yet
+                raise _Passing("stopped")
             with contextlib.suppress(OSError):  # a dead machine is noticed, however long an answer takes
                 connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             data = None if body is None else json.dumps(body).encode()

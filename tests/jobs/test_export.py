@@ -65,6 +65,19 @@ def logits(folder: Path, adapter: Path | None = None):
         return model(input_ids=torch.arange(5, 37)[None]).logits
 
 
+def test_two_adapters_become_their_sum_with_the_tokenizer_of_the_last(place, tmp_path):
+    first, last = tmp_path / "first", tmp_path / "last"
+    for folder in (first, last):
+        shutil.copytree(place / "adapter", folder)
+        (folder / "tokenizer_config.json").write_text(f'{{"of": "{folder.name}"}}')
+    with _export_ask.one_adapter([first, last]) as both:
+        assert both is not None
+        assert json.loads((both / "tokenizer_config.json").read_text()) == {"of": "last"}
+        once, summed = logits(place / "packed", first), logits(place / "packed", both)
+    plain = logits(place / "packed")
+    assert (summed - plain).norm() > 1.5 * (once - plain).norm()
+
+
 # ---------------------------------------------------------------- merged
 
 

@@ -17,8 +17,8 @@ import torch
 
 from moesmith.errors import UserError
 
+from .generating import batches, ending, watched
 from .greedy import stop_ids
-from .tool_calls import _ending, _watched, batches
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def answer_batches(
     was_training = model.training
     model.eval()
     try:
-        with _ending(model, tokenizer), _watched(model) as watch:
+        with ending(model, tokenizer), watched(model) as watch:
             for batch in batches([len(ids) + max_new_tokens for ids in prompts], batch_size, batch_tokens):
                 if all(i in done for i in batch):
                     yield {i: done[i] for i in batch}

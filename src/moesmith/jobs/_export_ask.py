@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -260,12 +261,15 @@ def put(model: nn.Module, adapter: Path) -> Any:
 
 @contextmanager
 def one_adapter(adapters: Sequence[Path]) -> Iterator[Path | None]:
-    """A folder with the adapter; of several, one whose update is their sum; None of none."""
+    """A folder with the adapter; None of none; of several, one whose update is their sum, with the last's
+    tokenizer.
+    """
     if len(adapters) < 2:
         yield adapters[0] if adapters else None
         return
     from safetensors.torch import save_file
 
+    from moesmith.models.checkpoint import side_files
     from moesmith.models.lora_factors import read_adapter
     from moesmith.train.stack import join
 
@@ -273,6 +277,8 @@ def one_adapter(adapters: Sequence[Path]) -> Iterator[Path | None]:
     with tempfile.TemporaryDirectory(prefix="moesmith-") as folder:
         save_file(weights, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(folder)
+        for file in (file for file in side_files(adapters[-1]) if file.name != "README.md"):
+            shutil.copyfile(file, Path(folder) / file.name)
         yield Path(folder)
 
 

@@ -186,6 +186,7 @@ def merge(cfg: Config, source: Source, folder: Path, adapters: bool = True) -> A
 
 def lora(cfg: Config) -> None:
     """The adapter alone, in another program's form."""
+    from moesmith.export.merge import merged_bytes
     from moesmith.jobs._export import making, record_of, write_record
     from moesmith.jobs._export_gguf import needed
     from moesmith.jobs._export_lora import export_in_form, own_record
@@ -195,6 +196,8 @@ def lora(cfg: Config) -> None:
     if llama is not None:
         check_gguf(source, llama)
         space(cfg, needed(cfg, source), "the comparison")
+    if cfg.for_ == "vllm":
+        space(cfg, merged_bytes(source.folder, "float32"), "the comparison, in 32 bits,")
     prompts = asked(cfg, source)
     if cfg.dry_run:
         return done_dry(cfg, source)

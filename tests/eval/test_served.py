@@ -1,5 +1,6 @@
 """A server is asked as agreed; what passes is tried again, what does not is said, every word is kept."""
 
+import http.client
 import json
 import threading
 import time
@@ -262,6 +263,22 @@ def test_stopping_lets_go_of_the_questions_under_way(serve):
             raise KeyboardInterrupt
     assert time.monotonic() - started < 10 and len(fake.asked) <= 3
     hang.set()
+
+
+def test_stopping_while_a_question_connects_sends_nothing(serve, monkeypatch):
+    """`stop` finds a connection without a socket; the question behind it must not be sent and waited for."""
+    fake, server = serve()
+    connect = http.client.HTTPConnection.connect
+
+    def stopped_on_the_way(self):
+        server.stop()
+        assert self.sock is None, "there is nothing yet that could be closed"
+        connect(self)
+
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", stopped_on_the_way)
+    with pytest.raises(UserError, match="stopped"):
+        server.ask("q", max_tokens=9)
+    assert fake.asked == [] and not server._open
 
 
 @pytest.mark.parametrize(

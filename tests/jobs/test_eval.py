@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from chats import chat, tokenizer, write_jsonl
+from eval.test_served import Fake
 from moesmith import cli
 from moesmith.eval import tool_calls
 from moesmith.jobs import _requests as job
@@ -259,6 +260,59 @@ def test_against_an_earlier_run(plain, files, capsys, monkeypatch):
     shown = [[sample["request"] for sample in one["samples"]] for one in facts["tool_calls"]["runs"]]
     assert shown[0] == shown[1], "the same requests side by side"
     assert shown[0] == ["restart web", "stop web", "halt web", "logs web"], "what changed, then what is wrong"
+
+
+def test_a_server_end_to_end_and_against_memory(plain, files, capsys, monkeypatch):
+    def script(body):
+        text = body["messages"][-1]["content"]
+        words = WORDS[text]
+        calls = [json.loads(words.split("\n")[1])] if words.startswith("<tool_call>") else []
+        made = [{"function": {**call, "arguments": json.dumps(call["arguments"])}} for call in calls]
+        message = {"content": None if calls else words, "tool_calls": made}
+        return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}, ()
+
+    assert canned(capsys, files, monkeypatch, plain)[0] == 0
+    fake = Fake(script, owner="moesmith")
+    try:
+        options = ("--server", fake.url, "--concurrency", 1, "--against", files / "run", "--json")
+        status, out, err = run(capsys, files, *options, out="served")
+        assert status == 0, err
+        record = json.loads(out)
+        assert record["tool_calls"]["right"] == 2 and record["model"] is None
+        assert record["server"]["kind"] == "moesmith" and record["paired"]["difference"] == 0
+        assert [one["verdict"] for one in answers(files, "served")] == [
+            one["verdict"] for one in answers(files)
+        ]
+        assert len(fake.asked) == 5
+        status, _, err = run(capsys, files, "--server", fake.url, plain, out="other")
+        assert status == 2 and "MODEL and --server" in err
+    finally:
+        fake.shutdown()
+        fake.server_close()
+
+
+def test_a_server_that_goes_away_loses_nothing(files, capsys, monkeypatch):
+    asked = []
+
+    def script(body):
+        asked.append(body["messages"][-1]["content"])
+        if len(asked) > 3 and not back:
+            return 400, {"error": "gone"}, ()
+        message = {"content": "Which?", "tool_calls": []}
+        return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}, ()
+
+    back: list[bool] = []
+    fake = Fake(script, owner="moesmith")
+    try:
+        options = ("--server", fake.url, "--concurrency", 1)
+        assert run(capsys, files, *options)[0] == 2 and len(asked) == 4
+        back.append(True)
+        status, out, err = run(capsys, files, *options)
+        assert status == 0 and "3 answers are there" in out + err
+        assert sorted(asked[:3] + asked[4:]) == sorted(one["id"] for one in ROWS)
+    finally:
+        fake.shutdown()
+        fake.server_close()
 
 
 def test_the_page_says_what_to_act_on(plain, files, capsys, monkeypatch):

@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from moesmith.errors import UserError
@@ -37,6 +37,10 @@ PASSING = {408, 425, 429, 500, 502, 503, 504}
 # What a server calls the tokens of reasoning it allows; `owned_by` of its models says which server it is.
 BUDGET_KEYS = {"llamacpp": "reasoning_budget_tokens", "vllm": "thinking_token_budget"}
 NAMES = {"llamacpp": "llama-server", "vllm": "vLLM", "moesmith": "moesmith serve", "sglang": "SGLang"}
+
+
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 class _Passing(Exception):
@@ -166,11 +170,20 @@ class Server:
             body["chat_template_kwargs"] = {"enable_thinking": budget > 0, "thinking": budget > 0}
         if self.kind == "llamacpp":
             body["cache_prompt"] = False  # a kept prefix changes rounding, and with it greedy answers
-        said = ""
         started = time.perf_counter()
+        found, tries = self.complete(body)
+        return self._reply(found, budget, time.perf_counter() - started, tries)
+
+    def complete(self, body: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """A chat completion as the server sends it, and how many tries it took.
+
+        Raises:
+            UserError: the server refuses, or did not answer after all tries.
+        """
+        said = ""
         for attempt in range(1, self.tries + 1):
             try:
-                found = self._complete(body)
+                return self._complete(body), attempt
             except _Passing as problem:
                 said = str(problem)
                 after = problem.after if problem.after is not None else self.pause * 2 ** (attempt - 1)
@@ -179,8 +192,6 @@ class Server:
                 self._tell(f"{said}; it is asked again, {self.tries} times in all")
                 if self._stopped.wait(min(after, LONGEST_WAIT)):
                     break
-                continue
-            return self._reply(found, budget, time.perf_counter() - started, attempt)
         raise UserError(
             f"{self.url}: no answer after {self.tries} tries ({said})",
             "nothing is lost: the same command goes on when the server is back",
@@ -206,8 +217,8 @@ class Server:
     def _reply(self, found: dict[str, Any], budget: int | None, seconds: float, attempts: int) -> Reply:
         choice = found["choices"][0]
         message = choice["message"]
-        answer = _text(message.get("content"))
-        reasoning = _text(message.get("reasoning_content") or message.get("reasoning"))
+        answer = text_of(message.get("content"))
+        reasoning = text_of(message.get("reasoning_content") or message.get("reasoning"))
         if not reasoning:
             reasoning, answer = split_any(answer)
         usage = found["usage"] if isinstance(found.get("usage"), dict) else {}
@@ -329,7 +340,7 @@ def _is_dicts(found: Any) -> bool:
     return isinstance(found, list) and all(isinstance(one, dict) for one in found)
 
 
-def _text(content: Any) -> str:
+def text_of(content: Any) -> str:
     """A message's text: as it is, or as the parts that some servers make of it."""
     if _is_dicts(content):
         return "".join(one["text"] for one in content if isinstance(one.get("text"), str))
@@ -356,18 +367,36 @@ def ask_all(
 ) -> Iterator[tuple[int, Reply]]:
     """(place, reply) as answers come, `concurrency` questions at a time.
 
-    An error, or the reader going away, stops the questions under way; what was answered has been handed out.
-
     Args:
         texts: (place, question).
     """
-    waiting = deque(texts)
 
-    def work(place: int, text: str) -> tuple[int, Reply]:
-        return place, server.ask(text, max_tokens=max_tokens, budget=budget, seed=seed)
+    def ask(text: str) -> Reply:
+        return server.ask(text, max_tokens=max_tokens, budget=budget, seed=seed)
+
+    return in_parallel(server, ask, texts, concurrency)
+
+
+def in_parallel(
+    server: Server,
+    ask: Callable[[Question], Answer],
+    questions: Sequence[tuple[int, Question]],
+    concurrency: int,
+) -> Iterator[tuple[int, Answer]]:
+    """(place, answer) as answers come, `concurrency` at a time.
+
+    An error, or the reader going away, stops the questions under way; what was answered has been handed out.
+
+    Args:
+        questions: (place, question).
+    """
+    waiting = deque(questions)
+
+    def work(place: int, question: Question) -> tuple[int, Answer]:
+        return place, ask(question)
 
     pool = ThreadPoolExecutor(max_workers=concurrency, thread_name_prefix="ask")
-    running: set[Future[tuple[int, Reply]]] = set()
+    running: set[Future[tuple[int, Answer]]] = set()
     try:
         while running or waiting:
             while len(running) < concurrency and waiting:

@@ -16,6 +16,7 @@ from typing import Any
 from moesmith.data.columns import Message, RowError
 from moesmith.data.requests import Request
 from moesmith.data.tool_format import ToolFormat
+from moesmith.data.tool_text import Parsed
 from moesmith.errors import UserError
 
 from .failures import FAILURES, RIGHT, classify, matches, problems, wrong_arguments
@@ -334,6 +335,11 @@ def judge(form: ToolFormat, tokenizer: Any, request: Request, ids: Sequence[int]
     parsed = form.parse(text, request.tools)
     for token in tokenizer.all_special_tokens:  # a stray one is no words
         parsed.text = parsed.text.replace(token, " ")
+    return judge_parsed(request, parsed, text, len(ids), cut)
+
+
+def judge_parsed(request: Request, parsed: Parsed, answer: str, tokens: int, cut: bool) -> ToolAnswer:
+    """An answer that is taken apart already; `answer` is how it came, of `tokens` tokens."""
     expected, order = request.expected, request.any_order
     found = matches(expected, parsed, request.tools, order)
     return ToolAnswer(
@@ -343,10 +349,10 @@ def judge(form: ToolFormat, tokenizer: Any, request: Request, ids: Sequence[int]
         expected=[one.facts() for one in expected],
         called=[asdict(call) for call in parsed.calls],
         malformed=parsed.malformed,
-        answer=text,
-        tokens=len(ids),
+        answer=answer,
+        tokens=tokens,
         cut=cut,
-        verdict=classify(expected, parsed, cut, request.tools, text, order),
+        verdict=classify(expected, parsed, cut, request.tools, answer, order),
         name_match=found.names,
         arguments_match=found.arguments,
         order_match=found.order,

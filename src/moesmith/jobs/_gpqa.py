@@ -23,7 +23,16 @@ from moesmith import console
 from moesmith.config import no_such_file, write_atomically
 from moesmith.errors import UserError
 from moesmith.jobs._gpqa_words import LABEL, report_facts, say, say_limits, say_paired, say_questions
-from moesmith.jobs.eval import adapter_digest, command, load, machine, name_of, read_tokenizer, source_of
+from moesmith.jobs.eval import (
+    adapter_digest,
+    check_server,
+    command,
+    load,
+    machine,
+    name_of,
+    read_tokenizer,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from moesmith.eval.gpqa import GpqaEval, Question
@@ -61,19 +70,8 @@ def check(cfg: Config) -> None:
     assert cfg.gpqa is not None  # Config saw to it
     if not cfg.gpqa.expanduser().is_file():
         raise no_such_file(cfg.gpqa, "gpqa")
-    if cfg.server is not None:
-        from moesmith.eval.served import root
-
-        root(cfg.server)
-        loading = ("model", "adapter", "scheme", "dtype", "device", "batch_size", "batch_tokens")
-        given = [name for name in loading if name in cfg.model_fields_set and getattr(cfg, name) is not None]
-        if given:
-            words = "MODEL" if given[0] == "model" else "--" + given[0].replace("_", "-")
-            raise UserError(f"{words} and --server: a server has loaded its model", "leave one of them out")
-    else:
-        given = [name for name in ("server_model", "concurrency") if name in cfg.model_fields_set]
-        if given:
-            raise UserError(f"--{given[0].replace('_', '-')} goes with --server")
+    check_server(cfg)
+    if cfg.server is None:
         local_folder(source_of(cfg)[0])
     check_place(cfg.out, None, cfg.overwrite, "eval.json")
     if cfg.against is not None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,11 +21,21 @@ import moesmith
 from moesmith import console
 from moesmith.config import write_atomically
 from moesmith.errors import UserError
-from moesmith.jobs.eval import adapter_digest, command, load, machine, name_of, read_tokenizer, source_of
+from moesmith.jobs.eval import (
+    adapter_digest,
+    check_server,
+    command,
+    load,
+    machine,
+    name_of,
+    read_tokenizer,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from moesmith.data.prepare import Counts
     from moesmith.data.requests import Request
+    from moesmith.eval.served import Server
     from moesmith.eval.tool_calls import ToolAnswer, ToolEval
     from moesmith.jobs._eval import Unfinished
     from moesmith.jobs.eval import Config
@@ -33,13 +43,23 @@ if TYPE_CHECKING:
 
 @dataclass
 class Asked:
-    """What is asked, as token ids too, and what was left out."""
+    """Whom is asked what, and what was left out."""
 
     requests: list[Request]
-    prompts: list[list[int]]
     counts: Counts
+    name: str
+    about: dict[str, Any]
+    """model, adapter, server: for the record"""
+    identity: dict[str, Any]
+    """everything the answers depend on, as JSON values"""
+    prompts: list[list[int]] = field(default_factory=list)
+    """token ids of every request; a server makes its own"""
     left_out: dict[str, int] = field(default_factory=dict)
     """requests that this model cannot be asked, by reason"""
+    load: Callable[[], Any] | None = None
+    """the model, ready to answer"""
+    tokenizer: Any = None
+    server: Server | None = None
 
 
 def check(cfg: Config) -> None:
@@ -52,7 +72,9 @@ def check(cfg: Config) -> None:
     for path, key in ((cfg.requests, "requests"), (cfg.tools, "tools")):
         if path is not None and not path.expanduser().is_file():
             raise no_such_file(path, key)
-    local_folder(source_of(cfg)[0])
+    check_server(cfg)
+    if cfg.server is None:
+        local_folder(source_of(cfg)[0])
     check_place(cfg.out, None, cfg.overwrite, RECORD)
     if cfg.against is not None:
         check_run(cfg.against)
@@ -62,46 +84,37 @@ def run(cfg: Config) -> None:
     from moesmith.eval.tool_calls import ToolEval, paired
     from moesmith.jobs._eval import Unfinished, read_run, say, say_paired
     from moesmith.jobs._folder import check_place
-    from moesmith.models.checkpoint import resolve
 
-    source, base = source_of(cfg)
-    folder = resolve(source)
-    check_place(cfg.out, folder, cfg.overwrite, "eval.json")
-    tokenizer, room = read_tokenizer(folder, cfg)
-    asked = read_asked(cfg, tokenizer, room)
+    check_place(cfg.out, None, cfg.overwrite, "eval.json")
+    asked = at_server(cfg) if cfg.server is not None else in_memory(cfg)
     earlier = read_run(cfg.against) if cfg.against is not None else None
     if earlier is not None:
         check_against(cfg, earlier, asked.requests)
-    identity = what_is_asked(cfg, folder, asked)
     unfinished = Unfinished(cfg.out)
-    done = unfinished.open(identity, cfg.overwrite)
+    done = unfinished.open(asked.identity, cfg.overwrite)
     if done:
         console.note(f"going on with an interrupted run: {len(done):,} answers are there")
-
-    model = None if len(done) == len(asked.requests) else load(source, base, cfg)
-    answers, seconds = answer(model, tokenizer, asked, done, unfinished, cfg)
-    del model
+    answers, seconds = answer(asked, done, unfinished, cfg)
     evaluation = ToolEval([answers[i] for i in range(len(asked.requests))], seconds)
     say(evaluation)
     compared = None
     if earlier is not None:
-        compared = {"a": earlier[1]["name"], "b": name_of(cfg, source), **paired(earlier[0], evaluation)}
+        compared = {"a": earlier[1]["name"], "b": asked.name, **paired(earlier[0], evaluation)}
         say_paired(earlier[1]["name"], earlier[0], evaluation, compared)
 
     facts = {
         "command": "eval",
-        "name": name_of(cfg, source),
-        "model": {"given": source, "folder": str(folder), "hash": identity["model"]},
-        "adapter": cfg.adapter and {"folder": str(cfg.adapter.resolve()), "digest": identity["adapter"]},
+        "name": asked.name,
+        **asked.about,
         "requests": {
-            "path": str(cfg.requests), "asked": identity["requests"], "rows": asked.counts.facts(),
+            "path": str(cfg.requests), "asked": asked.identity["requests"], "rows": asked.counts.facts(),
             "left_out": asked.left_out,
         },
         "tools": tools_of(asked.requests),
         "tool_calls": evaluation.facts(records=False),
         "paired": compared,
         "config": cfg.model_dump(mode="json"),
-        "how": how(cfg, identity),
+        "how": how(cfg, asked),
     }  # fmt: skip
     write(cfg, facts, evaluation, earlier)
     unfinished.remove()
@@ -115,18 +128,12 @@ def run(cfg: Config) -> None:
 # ---------------------------------------------------------------- what is asked
 
 
-def read_asked(cfg: Config, tokenizer: Any, room: int | None) -> Asked:
-    """The requests and their prompts, with all counts said.
-
-    Raises:
-        UserError: no request that can be asked.
-    """
+def read(cfg: Config) -> tuple[list[Request], Counts]:
+    """The requests, with all counts said."""
     from moesmith.data.requests import describe_requests, read_requests
-    from moesmith.data.tool_format import ToolFormat
     from moesmith.data.tools import read_tools
-    from moesmith.eval.tool_calls import prompts_of
 
-    assert cfg.requests is not None and cfg.max_new_tokens is not None  # Config saw to it
+    assert cfg.requests is not None  # Config saw to it
     tools = read_tools(cfg.tools) if cfg.tools is not None else None
     requests, counts = read_requests(cfg.requests, tools)
     for i, line in enumerate(describe_requests(requests, counts)):
@@ -134,6 +141,27 @@ def read_asked(cfg: Config, tokenizer: Any, room: int | None) -> Asked:
     if cfg.limit is not None and cfg.limit < len(requests):
         console.row("", f"{cfg.limit:,} of them are asked (--limit)", width=10)
         requests = [requests[i * len(requests) // cfg.limit] for i in range(cfg.limit)]
+    return requests, counts
+
+
+def in_memory(cfg: Config) -> Asked:
+    """A model of ours: its requests as token ids. No weight is read yet.
+
+    Raises:
+        UserError: no request that can be asked.
+    """
+    from moesmith.data.tool_format import ToolFormat
+    from moesmith.eval.tool_calls import prompts_of
+    from moesmith.jobs._folder import check_place
+    from moesmith.models.checkpoint import resolve
+    from moesmith.models.identity import model_hash
+
+    assert cfg.max_new_tokens is not None
+    source, base = source_of(cfg)
+    folder = resolve(source)
+    check_place(cfg.out, folder, cfg.overwrite, "eval.json")
+    tokenizer, room = read_tokenizer(folder, cfg)
+    requests, counts = read(cfg)
     prompts, refused = prompts_of(tokenizer, requests, cfg.max_new_tokens, room)
     left_out: dict[str, int] = {}
     for _, why in refused:
@@ -148,7 +176,47 @@ def read_asked(cfg: Config, tokenizer: Any, room: int | None) -> Asked:
     kind = ToolFormat.of(tokenizer).kind
     console.row("format", f"{FORMATS[kind]} · prompts of up to {longest:,} tokens", width=10)
     kept = [i for i, ids in enumerate(prompts) if ids]
-    return Asked([requests[i] for i in kept], [prompts[i] for i in kept], counts, left_out)
+    requests, prompts = [requests[i] for i in kept], [prompts[i] for i in kept]
+    model, adapter = model_hash(folder), None if cfg.adapter is None else adapter_digest(cfg.adapter)
+    options = ("batch_size", "batch_tokens", "scheme", "dtype")
+    identity = {
+        "model": model,
+        "adapter": adapter,
+        **what_is_asked(cfg, requests, prompts),
+        **{name: getattr(cfg, name) for name in options},
+    }
+    about = {
+        "model": {"given": source, "folder": str(folder), "hash": model},
+        "adapter": cfg.adapter and {"folder": str(cfg.adapter.resolve()), "digest": adapter},
+    }
+    return Asked(
+        requests, counts, name_of(cfg, source), about, identity, prompts, left_out,
+        load=lambda: load(source, base, cfg), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def at_server(cfg: Config) -> Asked:
+    """A model behind a server, which makes its prompts and reads its calls itself.
+
+    Raises:
+        UserError: the server is not there.
+    """
+    from moesmith.eval.served import Server
+    from moesmith.eval.served_calls import as_openai
+
+    assert cfg.server is not None
+    server = Server.find(cfg.server, cfg.server_model)
+    server.say = console.warn
+    name = server.about.get("file") or Path(server.model).name or server.model
+    words = f"{server.name} at {server.url} · {name} · {cfg.concurrency} at a time"
+    console.row("server", words, width=10)
+    requests, counts = read(cfg)
+    identity = {
+        "server": {"model": server.model, "kind": server.kind, **server.about},
+        **what_is_asked(cfg, requests, [as_openai(request.prompt) for request in requests]),
+    }
+    about = {"model": None, "adapter": None, "server": server.facts()}
+    return Asked(requests, counts, name, about, identity, server=server)
 
 
 FORMATS = {
@@ -170,21 +238,16 @@ def tools_of(requests: Sequence[Request]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def what_is_asked(cfg: Config, folder: Path, asked: Asked) -> dict[str, Any]:
-    """Everything the answers depend on, as JSON values."""
-    from moesmith.models.identity import model_hash
-
+def what_is_asked(cfg: Config, requests: Sequence[Request], prompts: Sequence[Any]) -> dict[str, Any]:
+    """What the answers depend on beside the model, as JSON values; `prompts` as the model gets them."""
     digest = hashlib.sha256()
-    for request, ids in zip(asked.requests, asked.prompts, strict=True):
+    for request, prompt in zip(requests, prompts, strict=True):
         expected = [one.facts() for one in request.expected]
-        said = [request.id, request.category, ids, request.gold, expected, request.any_order]
+        said = [request.id, request.category, prompt, request.gold, expected, request.any_order]
         digest.update(json.dumps([*said, request.tools.openai()], default=str).encode() + b"\n")
-    options = ("max_new_tokens", "batch_size", "batch_tokens", "scheme", "dtype")
     return {
-        "model": model_hash(folder),
-        "adapter": None if cfg.adapter is None else adapter_digest(cfg.adapter),
         "requests": digest.hexdigest()[:32],
-        **{name: getattr(cfg, name) for name in options},
+        "max_new_tokens": cfg.max_new_tokens,
         "version": moesmith.__version__,
     }
 
@@ -205,21 +268,16 @@ def check_against(cfg: Config, earlier: tuple[ToolEval, dict[str, Any]], request
 
 
 def answer(
-    model: Any, tokenizer: Any, asked: Asked, done: dict[int, ToolAnswer], unfinished: Unfinished, cfg: Config
+    asked: Asked, done: dict[int, ToolAnswer], unfinished: Unfinished, cfg: Config
 ) -> tuple[dict[int, ToolAnswer], float]:
     """Every request's judged answer, each batch kept on disk as it comes; and the seconds this took."""
-    from moesmith.eval.tool_calls import answer_batches
-
-    answers: dict[int, ToolAnswer] = {}
-    if model is None:
+    if len(done) == len(asked.requests):
         return done, 0.0
-    assert cfg.max_new_tokens is not None
+    answers: dict[int, ToolAnswer] = dict(done) if asked.server is not None else {}
+    batches = from_server(asked, done, cfg) if asked.server is not None else from_model(asked, done, cfg)
     started, tokens = time.perf_counter(), 0
     with console.bar("answering", total=len(asked.requests)) as bar:
-        for batch in answer_batches(
-            model, tokenizer, asked.requests, asked.prompts, batch_size=cfg.batch_size,
-            max_new_tokens=cfg.max_new_tokens, batch_tokens=cfg.batch_tokens, done=done,
-        ):  # fmt: skip
+        for batch in batches:
             new = {i: record for i, record in batch.items() if done.get(i) is not record}
             if new:
                 unfinished.add(new)
@@ -238,6 +296,36 @@ def answer(
         width=10,
     )
     return answers, seconds
+
+
+def from_model(asked: Asked, done: dict[int, ToolAnswer], cfg: Config) -> Iterator[Mapping[int, ToolAnswer]]:
+    """Batches of answers of a model in memory, those that are there already among them."""
+    from moesmith.eval.tool_calls import answer_batches
+
+    assert asked.load is not None and cfg.max_new_tokens is not None
+    yield from answer_batches(
+        asked.load(), asked.tokenizer, asked.requests, asked.prompts, batch_size=cfg.batch_size,
+        max_new_tokens=cfg.max_new_tokens, batch_tokens=cfg.batch_tokens, done=done,
+    )  # fmt: skip
+
+
+def from_server(asked: Asked, done: dict[int, ToolAnswer], cfg: Config) -> Iterator[Mapping[int, ToolAnswer]]:
+    """Answers of a server as they come, without those that are there already."""
+    from moesmith.eval.served_calls import ask_requests, unread
+
+    assert asked.server is not None and cfg.max_new_tokens is not None
+    left = [(i, request) for i, request in enumerate(asked.requests) if i not in done]
+    said = []
+    for place, record in ask_requests(
+        asked.server, left, max_tokens=cfg.max_new_tokens, concurrency=cfg.concurrency
+    ):
+        said.append(record)
+        yield {place: record}
+    if count := unread(said):
+        console.warn(
+            f"{count:,} answers hold a call in their text that the server did not read: start it with its "
+            "tool parser (llama-server --jinja, vllm --enable-auto-tool-choice --tool-call-parser NAME)"
+        )
 
 
 # ---------------------------------------------------------------- the folder
@@ -291,8 +379,9 @@ def report_facts(
     }
 
 
-def how(cfg: Config, identity: dict[str, Any]) -> dict[str, Any]:
+def how(cfg: Config, asked: Asked) -> dict[str, Any]:
     """How it was measured, for the record."""
+    server = asked.server
     return {
         "command": command(cfg),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -300,10 +389,10 @@ def how(cfg: Config, identity: dict[str, Any]) -> dict[str, Any]:
             "moesmith": moesmith.__version__,
             **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         },
-        "machine": machine(cfg),
-        "model_hash": identity["model"],
-        "adapter_hash": identity["adapter"],
-        "requests_hash": identity["requests"],
+        "machine": machine(cfg) if server is None else f"{server.name} at {server.url}",
+        "model_hash": asked.identity.get("model"),
+        "adapter_hash": asked.identity.get("adapter"),
+        "requests_hash": asked.identity["requests"],
         "decoding": f"greedy, at most {cfg.max_new_tokens} tokens",
         "intervals": "95 %: Wilson of shares, paired bootstrap of the difference",
     }
@@ -314,4 +403,5 @@ def following(cfg: Config, evaluation: ToolEval) -> str:
     if evaluation.right < evaluation.n:
         return f"moesmith pairs analyse {shlex.quote(str(cfg.out))}"
     words = ["moesmith", "chat", *([cfg.model] if cfg.model else [])]
+    words += ["--server", cfg.server] if cfg.server else []
     return shlex.join([*words, *(["--adapter", str(cfg.adapter)] if cfg.adapter else [])])

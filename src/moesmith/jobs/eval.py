@@ -105,9 +105,6 @@ ONLY_FOR = {
     "task_path": ("tasks",),
     "few_shot": ("tasks",),
     "chat_template": ("tasks",),
-    "server": ("tasks", "gpqa"),
-    "server_model": ("tasks", "gpqa"),
-    "concurrency": ("tasks", "gpqa"),
     "seed": ("tasks", "gpqa"),
     "reasoning_tokens": ("gpqa",),
 }
@@ -130,6 +127,23 @@ def procedure(cfg: Config) -> Any:
 
 
 # ---------------------------------------------------------------- shared by all kinds
+
+
+def check_server(cfg: Config) -> None:
+    """Raise UserError for --server beside options of a model that is loaded, and the other way round."""
+    if cfg.server is not None:
+        from moesmith.eval.served import root
+
+        root(cfg.server)
+        loading = ("model", "adapter", "scheme", "dtype", "device", "batch_size", "batch_tokens")
+        given = [name for name in loading if name in cfg.model_fields_set and getattr(cfg, name) is not None]
+        if given:
+            words = "MODEL" if given[0] == "model" else "--" + given[0].replace("_", "-")
+            raise UserError(f"{words} and --server: a server has loaded its model", "leave one of them out")
+    else:
+        given = [name for name in ("server_model", "concurrency") if name in cfg.model_fields_set]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with --server")
 
 
 def source_of(cfg: Config) -> tuple[str, dict[str, Any] | None]:

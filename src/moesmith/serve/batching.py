@@ -78,15 +78,15 @@ class Chooser(ContinuousBatchingLogitsProcessorList):
         return arg_storage
 
     def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
-        chosen = []
-        for row, request in zip(scores, self._rows, strict=True):
+        # A prompt that is not read to its end yet has a row too, after all others, and gets no token.
+        chosen = [0] * len(scores)
+        for index, request in enumerate(self._rows):
             job = self.jobs.get(request)
             if job is None:  # cancelled while this batch was on its way
-                chosen.append(0)
                 continue
-            token = choose(row, job.how, job.ids)
+            token = choose(scores[index], job.how, job.ids)
             job.tokens.append(token)
-            chosen.append(token.id)
+            chosen[index] = token.id
         only = torch.full_like(scores, -torch.inf)
         return only.scatter_(1, torch.tensor(chosen, device=scores.device)[:, None], 0.0)
 

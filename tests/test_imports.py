@@ -15,13 +15,14 @@ PACKAGE = Path(moesmith.__file__).parent
 # A file imports from its own room and from lower floors. Rooms on the same floor do not know each other.
 FLOORS = {
     "errors": 0,
-    "config": 1, "console": 1, "ops": 1,
+    "config": 1, "console": 1, "ops": 1, "ram": 1, "ranks": 1,
     "experts": 2,
     "models": 3, "data": 3,
-    "build": 4, "train": 4, "prune": 4, "eval": 4, "export": 4, "report": 4, "pairs": 4, "serve": 4,
-    "__init__": 4,  # the public names, for users and for jobs; `__version__` is for everyone
-    "jobs": 5,
-    "cli": 6, "__main__": 7,
+    "plan": 4,
+    "build": 5, "train": 5, "prune": 5, "eval": 5, "export": 5, "report": 5, "pairs": 5, "serve": 5,
+    "__init__": 5,  # the public names, for users and for jobs; `__version__` is for everyone
+    "jobs": 6,
+    "cli": 7, "__main__": 8,
 }  # fmt: skip
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

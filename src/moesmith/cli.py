@@ -2,8 +2,9 @@
 
 Each job has a docstring (its help), `Config` (its keys), `POSITIONAL` (the arguments without a flag) and
 `run(cfg)`. It may also have `EXAMPLE` (a line for the help), `JSON = True` (it has facts for `--json`),
-`OUT_OF_MEMORY` (what to change first), `SEAMS = False` (it loads no model) and `check(cfg)` (what can be
-refused before torch is imported). Listing the commands imports none of them.
+`OUT_OF_MEMORY` (what to change first), `SEAMS = False` (it loads no model), `RANKS = True` (`torchrun` may
+start it in several processes) and `check(cfg)` (what can be refused before torch is imported). Listing the
+commands imports none of them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from moesmith import ranks
 from moesmith.errors import UserError
 
 JOBS = Path(__file__).parent / "jobs"
 FIRST = (
     "demo",
     "inspect",
+    "plan",
     "build",
     "quantize",
     "sft",
@@ -61,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _note("stopped")
         return 130
+    except ranks.Terminated:
+        _error(ranks.ended().message)
+        return 143
     except BrokenPipeError:  # the reader of our pipe has left (`| head`): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -73,10 +79,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return 2
     except (MemoryError, RuntimeError) as error:
+        if ranks.lost(error):
+            _error(ranks.ended().message)
+            return 1
         if not out_of_memory(error):
+            ranks.tell(f"{type(error).__name__}: {error}")
             raise
         _error(f"out of memory: {' '.join(str(error).split())[:160]}", _out_of_memory_hint(argv))
         return 2
+    except Exception as error:
+        ranks.tell(f"{type(error).__name__}: {error}")
+        raise
 
 
 def _main(argv: list[str]) -> int:
@@ -106,20 +119,30 @@ def _main(argv: list[str]) -> int:
     job = load(name)
     if as_json and not getattr(job, "JSON", False):
         raise UserError(f"{name} has no --json output")
+    if ranks.world() > 1 and not getattr(job, "RANKS", False):
+        raise UserError(
+            f"{name} runs in one process, and this is {ranks.rank() + 1} of {ranks.world()}",
+            f"start it without torchrun: moesmith {' '.join(argv)}",
+        )
     from moesmith import config, console
     from moesmith.jobs._lock import only_writer
 
     cfg = config.parse(job.Config, rest, positional=job.POSITIONAL)
     console.set_json(as_json)
+    console.set_silent(not ranks.is_main())
     try:
         if hasattr(job, "check"):
             job.check(cfg)
         _prepare(getattr(job, "SEAMS", True))
         looks_only = getattr(cfg, "dry_run", False) or getattr(cfg, "preview", False)
-        with only_writer(None if looks_only else getattr(cfg, "out", None)):
+        with only_writer(None if looks_only or not ranks.is_main() else getattr(cfg, "out", None)):
+            ranks.listen()
+            ranks.join()
             job.run(cfg)
+            ranks.leave()
     finally:
         console.set_json(False)
+        console.set_silent(False)
     return 0
 
 
@@ -253,7 +276,8 @@ def _out_of_memory_hint(argv: list[str]) -> str:
 def _error(message: str, hint: str | None = None) -> None:
     from moesmith import console
 
-    console.error(message, hint)
+    if ranks.tell(message):  # not if another process of this run has said it
+        console.error(message if ranks.is_main() else f"rank {ranks.rank()}: {message}", hint)
 
 
 def _note(text: str) -> None:

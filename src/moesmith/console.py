@@ -1,6 +1,7 @@
 """What the terminal shows: results on stdout, progress and warnings on stderr, plain text when piped.
 
-With `--json` the result lines are silent and `emit(facts)` prints the same facts for a program.
+With `--json` the result lines are silent and `emit(facts)` prints the same facts for a program. Of several
+processes of one run only one prints; what the others are asked to say is not heard, except errors.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 _json = False
+_silent = False
 
 
 @functools.lru_cache(maxsize=8)
@@ -44,6 +46,12 @@ def set_json(on: bool) -> None:
     _json = on
 
 
+def set_silent(on: bool) -> None:
+    """Say nothing but errors from now on: another process of the same run says it."""
+    global _silent
+    _silent = on
+
+
 def is_json() -> bool:
     """Whether results go out as JSON."""
     return _json
@@ -51,14 +59,14 @@ def is_json() -> bool:
 
 def emit(facts: dict[str, Any]) -> None:
     """Print `facts` as one JSON object if `--json` was given; otherwise do nothing."""
-    if _json:
+    if _json and not _silent:
         sys.stdout.write(json.dumps(facts, indent=2, default=str) + "\n")
         sys.stdout.flush()
 
 
 def say(text: str | Text = "", style: str | None = None) -> None:
     """One line of the result."""
-    if not _json:
+    if not (_json or _silent):
         stdout().print(text, style=style, soft_wrap=True)
 
 
@@ -67,7 +75,7 @@ def row(label: str, text: str | Text, width: int = 9) -> None:
 
     On a terminal a long text is folded under itself, not under the label.
     """
-    if _json:
+    if _json or _silent:
         return
     if len(label) >= width:
         label += " "
@@ -82,7 +90,7 @@ def table(
     header: Sequence[str], rows: Iterable[Sequence[str | Text]], label_width: int | None = None
 ) -> None:
     """Columns: the first left-aligned, the others right-aligned. `label_width` pads the first column."""
-    if _json:
+    if _json or _silent:
         return
     narrow = stdout().is_terminal
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -111,11 +119,15 @@ def _print_table(grid: Table) -> None:
 
 def note(text: str | Text) -> None:
     """A line about what is going on, on stderr."""
+    if _silent:
+        return
     stderr().print(text, style="dim", soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Something the user should know about though the run goes on, on stderr."""
+    if _silent:
+        return
     stderr().print(Text.assemble(("warning: ", "yellow"), text), soft_wrap=True)
 
 
@@ -160,7 +172,7 @@ class Bar:
 def bar(label: str, total: float | None = None) -> Iterator[Bar]:
     """A progress bar on stderr that goes away when done; a line every 30 s when stderr is not a terminal."""
     console = stderr()
-    if not console.is_terminal:
+    if _silent or not console.is_terminal:
         yield Bar(label, total, None)
         return
     columns = (

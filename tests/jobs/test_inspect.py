@@ -130,3 +130,26 @@ def test_no_weight_is_read(checkpoint, capsys, tmp_path):
         file.truncate(header)
         file.truncate(size)
     assert "72 expert matrices" in inspect(capsys, tmp_path)
+
+
+def test_verify_reads_every_byte(checkpoint, tmp_path, capsys):
+    out = tmp_path / "packed"
+    assert cli.main(["quantize", str(checkpoint("olmoe")), "--out", str(out)]) == 0
+    capsys.readouterr()
+    assert "verified" not in inspect(capsys, out)
+    assert "every byte as it was written" in inspect(capsys, out, "--verify")
+    facts = json.loads(inspect(capsys, out, "--verify", "--json"))
+    assert facts["verified"]["nbytes"] == (out / "model.safetensors").stat().st_size
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    assert cli.main(["inspect", str(out), "--verify"]) == 2
+    assert "in model.safetensors" in capsys.readouterr().err
+    (out / "model.safetensors").write_bytes(data[:-1])
+    assert cli.main(["inspect", str(out), "--verify"]) == 2
+    assert "cut short" in capsys.readouterr().err
+
+
+def test_verify_needs_checksums(checkpoint, capsys):
+    assert cli.main(["inspect", str(checkpoint("olmoe")), "--verify"]) == 2
+    assert "has no checksums.json" in capsys.readouterr().err

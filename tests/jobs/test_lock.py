@@ -46,6 +46,23 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path):
         first.wait()
 
 
+def test_a_home_folder_is_one_folder_however_it_is_written_and_the_holder_is_named_alone(tmp_path):
+    """`~` is the home folder; what an earlier, longer number left in the lock is not part of the name."""
+    out = tmp_path / "home" / "out"
+    with only_writer("~/out"):
+        pass
+    [lock] = (tmp_path / "home" / ".cache" / "moesmith" / "locks").iterdir()
+    lock.write_text("987654321987\n")
+    first = holder(out)
+    try:
+        with pytest.raises(UserError) as refused, only_writer("~/out"):
+            pass
+        assert refused.value.message == f"~/out is being written by process {first.pid}"
+    finally:
+        first.kill()
+        first.wait()
+
+
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_a_dead_writer_holds_nothing(tmp_path, end):
     first = holder(tmp_path / "out")

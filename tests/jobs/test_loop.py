@@ -111,7 +111,7 @@ def quality(monkeypatch):
             order_match=right, json_valid=True, gold=request.gold, row=request.row, prompt=request.prompt,
         )  # fmt: skip
 
-    def answer(model, tokenizer, asked, done, unfinished, cfg):
+    def answer(asked, done, unfinished, cfg):
         share = next(
             value for part, value in reversed(shares.items()) if part in str(cfg.adapter or "") or not part
         )

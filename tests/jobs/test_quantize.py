@@ -12,6 +12,8 @@ from moesmith.experts.report import count
 from moesmith.jobs import quantize as job
 from moesmith.jobs._folder import INCOMPLETE
 from moesmith.models.checkpoint import Checkpoint, fingerprint
+from moesmith.models.checksums import CHECKSUMS, digest, verify
+from moesmith.models.headers import read_headers
 
 
 def quantize(capsys, model, out, *argv, status: int = 0) -> str:
@@ -41,7 +43,7 @@ def test_the_packed_folder(checkpoint, tmp_path, capsys):
     ):
         assert words in text
     assert {f.name for f in out.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "moesmith.json",
+        "config.json", "generation_config.json", "model.safetensors", "moesmith.json", CHECKSUMS,
         "chat_template.jinja", "special_tokens_map.json"}  # fmt: skip
     assert not (tmp_path / "out.tmp").exists()
     record = json.loads((out / "moesmith.json").read_text())
@@ -76,6 +78,75 @@ def test_families(checkpoint, tmp_path, capsys, family):
     assert not split, "a packed stack is one tensor on disk: that is what can be memory-mapped"
     assert facts["counts"]["not_packed"] == [] and facts["proof"]["tokens"] == 32
     assert facts["bytes"] == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
+
+
+def tensors(folder):
+    """name -> dtype, shape, bytes"""
+    return {
+        name: (h.dtype, h.shape, (folder / h.file).read_bytes()[h.start : h.end])
+        for name, h in read_headers(folder).items()
+    }
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gemma4"])
+def test_layer_by_layer_gives_the_same_tensors_and_record(checkpoint, tmp_path, capsys, family):
+    whole = json.loads(quantize(capsys, checkpoint(family), tmp_path / "whole", "--json"))
+    text = quantize(capsys, checkpoint(family), tmp_path / "parts", "--stream")
+    assert "tensors bit-equal to what was packed, the logits of 32 tokens finite" in text
+    assert tensors(tmp_path / "whole") == tensors(tmp_path / "parts")
+    record = json.loads((tmp_path / "parts" / "moesmith.json").read_text())
+    assert record["streamed"] and not whole["streamed"]
+    for key in ("fingerprint", "counts"):
+        assert record[key] == whole[key]
+    assert record["proof"]["tensors"] == whole["proof"]["tensors"]
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    assert not (tmp_path / "parts.tmp").exists()
+
+
+def test_a_model_too_large_for_memory_is_streamed(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("moesmith.jobs._pair.free_memory", lambda device: 100_000)
+    text = quantize(capsys, checkpoint("olmoe"), tmp_path / "out")
+    assert "layer by layer: the packed model takes" in text and "100 kB free" in text
+    assert "layer by layer" not in quantize(capsys, checkpoint("olmoe"), tmp_path / "two", "--no-stream")
+    error = quantize(capsys, checkpoint("diffusion_gemma"), tmp_path / "three", status=2)
+    assert "in 2 stacks" in error and "--no-stream" in error
+
+
+def test_a_killed_streamed_run_leaves_no_folder(checkpoint, tmp_path, capsys, monkeypatch):
+    from moesmith.models.pack import LayerPacker
+
+    def stop(self, tensors, out, file):
+        if file.startswith("model-00003"):
+            raise KeyboardInterrupt
+        save(self, tensors, out, file)
+
+    save = LayerPacker._save
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerPacker, "_save", stop)
+        argv = ["quantize", str(checkpoint("olmoe")), "--out", str(tmp_path / "out"), "--stream"]
+        assert cli.main(argv) == 130
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.tmp" / INCOMPLETE).exists()
+    quantize(capsys, checkpoint("olmoe"), tmp_path / "out", "--stream")
+    assert verify(tmp_path / "out").tensors and not (tmp_path / "out.tmp").exists()
+
+
+@pytest.mark.parametrize("what", ["disk", "loading"])
+def test_the_streamed_proof_sees_one_changed_bit(checkpoint, tmp_path, capsys, what):
+    out = tmp_path / "out"
+    quantize(capsys, checkpoint("olmoe"), out)
+    model = reload(out)
+    packed = {name: digest(tensor) for name, tensor in model.state_dict().items()}
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert job.prove_streamed(packed, dict(packed), model, out)["tokens"] == 32
+    on_disk = packed | {name: "0" * 64}
+    if what == "loading":
+        codes = model.model.layers[1].mlp.experts.down_proj
+        codes.data = codes.data.clone()
+        codes.data[0, 0, 0] ^= 1
+    else:
+        packed = packed | {name: "1" * 64}
+    with pytest.raises(RuntimeError, match="layers.1.mlp.experts.down_proj was saved"):
+        job.prove_streamed(packed, on_disk, model, out)
 
 
 def test_an_existing_folder_is_left_alone(checkpoint, tmp_path, capsys):

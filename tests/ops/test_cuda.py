@@ -5,6 +5,7 @@ import torch
 
 from moesmith import ops
 from moesmith.ops import blockwise, cuda, loop, reference
+from scattered import elsewhere
 
 SPLITS = ([5, 0, 7, 1], [0, 0, 0, 3], [0, 0, 0, 0], [2, 2, 2, 2], [9, 0, 0, 0])
 
@@ -31,6 +32,8 @@ def test_chunks_and_groups(monkeypatch, split, chunk, dtype, rank):
     for rows, over_columns, extra in ((x, True, None), (x, True, (low, mats)), (g, False, None)):
         got = cuda.project(rows, stack, offsets, over_columns, extra)
         torch.testing.assert_close(got, loop.project(rows, stack, offsets, over_columns, extra), **tolerance)
+        moved = elsewhere(stack, [5, 1, 2, 0], 6)
+        assert torch.equal(cuda.project(rows, moved, offsets, over_columns, extra), got)
     torch.testing.assert_close(
         cuda.gram(low, x, offsets, torch.float32), loop.gram(low, x, offsets, torch.float32), **tolerance
     )

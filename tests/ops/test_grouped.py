@@ -2,11 +2,14 @@
 experts. Law 1 at this floor: a packed stack and a stack holding its dequantised weights give the same bits.
 """
 
+import contextlib
+
 import pytest
 import torch
 
 from moesmith import ops
 from moesmith.ops import cpu, reference
+from scattered import elsewhere
 
 # (experts, out, in): the last two are large enough for the native kernels
 SMALL = [(4, 32, 64), (3, 48, 16), (1, 16, 128)]
@@ -134,6 +137,44 @@ def test_packed_is_the_dequantised_stack_bit_for_bit(road, scheme, shape, split,
             y.backward(grad)
             results.append((y, leaf.grad))
         assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "double_quant"), [("nf4", False), ("nf4", True), ("int8", False), ("bf16", False)]
+)
+@pytest.mark.parametrize("shape", [SMALL[0], LARGE[0]])
+@pytest.mark.parametrize("split", ["even", "one token", "many", "few"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_where_an_expert_lies_changes_no_bit(road, scheme, double_quant, shape, split, transposed):
+    """Output and gradients, with the experts lent for the forward and lent again, elsewhere, for backward."""
+    places = [6, 2, 5, 0][: shape[0]]
+    for dtype in (torch.bfloat16, torch.float32):
+        x, stack, offsets, lora, grad = case(shape, split, scheme, dtype, transposed, 4, double_quant)
+        hit = [e for e in range(shape[0]) if offsets[e] < offsets[e + 1]]
+        lent = elsewhere(stack, [p if e in hit else -1 for e, p in enumerate(places)], 7)
+        later = elsewhere(stack, [p + 1 if e in hit else -1 for e, p in enumerate(places)], 9)
+        results = []
+        for one, again in ((stack, None), (lent, lambda later=later: contextlib.nullcontext(later))):
+            leaves = [t.detach().clone().requires_grad_() for t in (x, lora.A, lora.B)]
+            y = ops.grouped_linear(
+                leaves[0], one, offsets, ops.Lora(leaves[1], leaves[2], 0.75), transposed, again
+            )
+            if one is lent:
+                lent.codes.fill_(0)
+            y.backward(grad)
+            results.append([y, *(leaf.grad for leaf in leaves)])
+        for resident, moved in zip(*results, strict=True):
+            assert torch.equal(resident, moved)
+
+
+def test_an_expert_with_rows_that_is_not_there_is_an_error(road):
+    x, stack, offsets, _, grad = case((3, 272, 256), "even", "nf4", torch.bfloat16, False)
+    gone = elsewhere(stack, [0, -1, 1], 2)
+    with pytest.raises(RuntimeError, match=r"\[1\] are not there"):
+        ops.grouped_linear(x, gone, offsets)
+    y = ops.grouped_linear(x, stack, offsets, again=lambda: contextlib.nullcontext(gone))
+    with pytest.raises(RuntimeError, match=r"\[1\] are not there"):
+        y.backward(grad)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

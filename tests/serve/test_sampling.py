@@ -85,6 +85,9 @@ def test_a_bias_moves_one_token_and_the_reported_probabilities_stay_the_models()
     assert biased.logprob == pytest.approx(float(logprobs[4]))
     assert [i for i, _ in biased.top] == [1, 3]
     assert biased.top[0][1] == pytest.approx(float(logprobs[1]))
+    for seed in range(4):
+        warm = choose(LOGITS, Sampling(5, temperature=1.7, top_p=0.9, seed=seed, top_logprobs=1), [])
+        assert warm.logprob == pytest.approx(float(logprobs[warm.id]))
 
 
 def test_logits_are_left_as_they_were():

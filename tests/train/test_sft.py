@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import tiny
 from moesmith.errors import UserError
+from moesmith.train import arguments
 from moesmith.train import sft as journey
 from moesmith.train.sft import run_sft
 from moesmith.train.trainer import Trainer
@@ -86,7 +87,7 @@ def test_tensorboard(tmp_path):
 
 
 def test_a_logger_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setattr(journey, "find_spec", lambda name: None)
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="trackio, which is not installed") as error:
         run(tmp_path / "out", cfg=settings(tmp_path / "out", loggers=["trackio"]))
     assert error.value.hint == "pip install trackio"

@@ -9,7 +9,7 @@ is a memory map. `nn.Linear` is left to bitsandbytes, when asked for.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     _IdentityOp,
 )
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard as _place
 from transformers.integrations.bitsandbytes import (
     Bnb4bitDeserialize,
     Bnb4bitQuantize,
@@ -180,6 +181,34 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
         packed = packed_placeholder(dense.shape, config.scheme, blocksize, config.double_quant, dense.device)
         for name, parameter in packed_parameters(weight, packed).items():
             module.register_parameter(name, parameter)
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Expert parallelism shards every tensor of an experts module, scales and biases included.
+
+        The rest of the model is held whole by every rank: its linears may be packed by bitsandbytes or carry
+        adapters. `DistributedConfig(tp_plan="auto")` leaves them to the model's own tensor-parallel plan.
+
+        Raises:
+            UserError: the experts do not divide evenly among the ranks.
+        """
+        config = getattr(model.config, "distributed_config", None)
+        if config is None or config.ep_size == 1:
+            super().update_parallel_plan(model, plan)
+            return
+        if plan is not cast(Any, model).ep_plan:
+            if config.tp_plan is None:
+                plan.clear()
+                # transformers refuses an empty plan; a rule of the experts' own plan wins over this one
+                plan.update({_place(name): "ep_dispatch_experts" for name, _ in named_experts(model)})
+            return
+        plan.clear()
+        for name, module in named_experts(model):
+            experts = getattr(module, weight_names(module)[0]).shape[0]
+            check_divides(experts, config.ep_size, name)
+            for tensor, parameter in module.named_parameters(recurse=False):
+                if parameter.shape[0] == experts:
+                    plan[f"{_place(name)}.{tensor}"] = "grouped_gemm"  # their name for slices of dimension 0
+            plan[_place(name)] = "ep_dispatch_experts"
 
     def _tie_scales(self, model: nn.Module) -> None:
         """Experts that share weights share their scales."""
@@ -410,6 +439,40 @@ def pack_stack(
     for index, matrix in enumerate(dense):
         packer.add(index, matrix)
     return packer.stack
+
+
+def elements(tensor: Tensor, index: Tensor) -> Tensor:
+    """Values of the flattened tensor at these positions, on the CPU.
+
+    Of a DTensor (experts shared by several ranks) each rank gives what it has; every rank has to call it.
+    """
+    from torch.distributed.tensor import DTensor
+
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor.reshape(-1)[index.to(tensor.device)].cpu()
+    local, mesh = tensor.to_local().reshape(-1), tensor.device_mesh
+    place = index.to(local.device) - mesh.get_local_rank() * local.numel()
+    here = (place >= 0) & (place < local.numel())
+    found = local.new_zeros(len(index))
+    found[here] = local[place[here]]
+    # as bytes: one rank has the value, the others have zeros, and -0.0 stays what it is
+    torch.distributed.all_reduce(found.view(torch.uint8), group=mesh.get_group())
+    return found.cpu()
+
+
+def check_divides(experts: int, ranks: int, what: str) -> None:
+    """Refuse expert parallelism that would give ranks different numbers of experts.
+
+    Raises:
+        UserError: it would.
+    """
+    if experts % ranks:
+        fitting = [str(n) for n in range(2, experts + 1) if experts % n == 0]
+        raise UserError(
+            f"{what}: {experts} experts do not divide evenly among {ranks} processes",
+            f"processes that fit: {', '.join(fitting[:8])}",
+        )
 
 
 def _is_packed(module: nn.Module, name: str) -> bool:

@@ -135,7 +135,8 @@ class ExpertsLoRA(nn.Module):
         self._weights = {"gate_up": "gate_up_proj" if base.has_gate else "up_proj", "down": "down_proj"}
         for short, name in self._weights.items():
             experts, rows, columns = stack(base, name).shape
-            device = getattr(base, name).device
+            lender = getattr(base, "experts_residency", None)
+            device = getattr(base, name).device if lender is None else lender.device
             A = torch.empty(experts, r, columns, device=device)
             nn.init.uniform_(
                 A, -1 / math.sqrt(columns), 1 / math.sqrt(columns)

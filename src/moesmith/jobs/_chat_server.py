@@ -164,6 +164,10 @@ class ServerChat:
             raise UserError("no answer yet, so no experts to show")
         return self.server.experts(self.last)
 
+    def fetched(self) -> dict[str, Any]:
+        counts = f"{self.server.url.removesuffix('/v1')}/metrics has the sums over all answers"
+        raise UserError("what a server fetches for one answer is not known here", counts)
+
     def _say(self, message: dict[str, Any], show: bool) -> Answer:
         body: dict[str, Any] = {"model": self.model, "messages": [*self.messages, message], **self.options}
         if self.tools is not None:

@@ -25,6 +25,8 @@ class Answer:
     """None for a model that runs elsewhere"""
     stopped: bool = False
     calls: list[Call] = field(default_factory=list)
+    transfers: dict[str, Any] | None = None
+    """what was fetched for it; None where all experts lie on the device"""
 
     def facts(self) -> dict[str, Any]:
         """The same for a program."""
@@ -37,6 +39,7 @@ class Answer:
             "peak_bytes": self.peak_bytes,
             "stopped": self.stopped,
             "calls": [call.openai()["function"] for call in self.calls],
+            **({"transfers": self.transfers} if self.transfers is not None else {}),
         }
 
 
@@ -54,6 +57,9 @@ class Talker(Protocol):
     def experts(self) -> dict[str, Any]:
         """The picture of the last answer, see `moesmith.serve.experts.picture`."""
 
+    def fetched(self) -> dict[str, Any]:
+        """Transfers of the last answer, see `moesmith.report.transfers`."""
+
 
 def say_figures(answer: Answer, tools: ToolSpec | None) -> None:
     """The calls, what is wrong with them, tokens, rate and peak memory; dim, on stderr."""
@@ -65,7 +71,10 @@ def say_figures(answer: Answer, tools: ToolSpec | None) -> None:
         console.note("; ".join([f"call: {in_words(asdict(call))}", *wrong]))
     rate = answer.tokens / answer.seconds if answer.seconds else 0.0
     peak = f" · peak {console.size(answer.peak_bytes)}" if answer.peak_bytes is not None else ""
-    console.note(f"{answer.tokens} tokens · {rate:.1f} tok/s{peak}{' · stopped' if answer.stopped else ''}")
+    moved = (answer.transfers or {}).get("bytes_per_token")
+    fetched = f" · {console.size(moved)} of experts per token" if moved is not None else ""
+    stopped = " · stopped" if answer.stopped else ""
+    console.note(f"{answer.tokens} tokens · {rate:.1f} tok/s{peak}{fetched}{stopped}")
 
 
 def converse(chat: Talker) -> None:
@@ -76,8 +85,8 @@ def converse(chat: Talker) -> None:
 
         results = " /result TEXT is what a call returns," if chat.tools is not None else ""
         console.note(
-            f"/reset starts over,{results} /experts shows where the last answer went, /exit leaves, "
-            "Ctrl-C stops an answer"
+            f"/reset starts over,{results} /experts shows where the last answer went, /transfers what was "
+            "fetched for it, /exit leaves, Ctrl-C stops an answer"
         )
     interrupted = False
     while True:
@@ -109,10 +118,14 @@ def _do(chat: Talker, line: str) -> None:
         from moesmith.jobs._experts_map import show
 
         show(chat.experts())
+    elif line == "/transfers":
+        from moesmith.jobs._transfers import say
+
+        say(chat.fetched())
     elif chat.tools is not None and line.startswith("/result "):
         chat.result(line.removeprefix("/result ").strip())
     elif line.startswith("/") and line[1:].isalpha():
         results = ", /result TEXT" if chat.tools is not None else ""
-        console.note(f"no such command: {line}; there are /reset{results}, /experts and /exit")
+        console.note(f"no such command: {line}; there are /reset{results}, /experts, /transfers and /exit")
     elif line:
         chat.answer(line)

@@ -297,14 +297,9 @@ def available(device: str = "auto") -> int:
 
     if torch.cuda.is_available() and device != "cpu":
         return torch.cuda.mem_get_info()[0]
-    info = Path("/proc/meminfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    import psutil  # type: ignore[import-untyped]
+    from moesmith import ram
 
-    return int(psutil.virtual_memory().available)
+    return ram.available()
 
 
 # ---------------------------------------------------------------- layer by layer

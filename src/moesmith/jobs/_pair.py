@@ -180,9 +180,9 @@ def free_memory(device: str) -> int:
         import torch
 
         return torch.cuda.mem_get_info()[0]
-    import psutil
+    from moesmith import ram
 
-    return psutil.virtual_memory().available
+    return ram.available()
 
 
 # ---------------------------------------------------------------- one vocabulary

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
-def make_stream(tokenizer: Any, end: str, show: bool) -> Any:
-    """A streamer that prints an answer as it grows, counts tokens, and leaves out the end-of-turn marker."""
+def make_stream(tokenizer: Any, end: str, show: bool, first: Callable[[], None] | None = None) -> Any:
+    """A streamer that prints an answer as it grows, counts tokens, and leaves out the end-of-turn marker.
+
+    Args:
+        first: called when the first token is there, so when the prompt has been read.
+    """
     from transformers import TextStreamer
 
     class Stream(TextStreamer):
@@ -23,6 +28,8 @@ def make_stream(tokenizer: Any, end: str, show: bool) -> Any:
 
         def put(self, value: Any) -> None:
             if not self.next_tokens_are_prompt:
+                if first is not None and not self.ids:
+                    first()
                 self.ids += value.flatten().tolist()
             super().put(value)
 

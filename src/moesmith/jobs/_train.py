@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from moesmith import console
+from moesmith import console, ranks
 from moesmith.config import JobConfig, no_such_file
 from moesmith.errors import UserError
+from moesmith.jobs import _fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moesmith.train.folder import RunFolder
-    from moesmith.train.settings import LoraSettings, RunSettings
+    from moesmith.train.settings import ExpertsPlace, LoraSettings, RunSettings
     from moesmith.train.sft import Session, SFTResult
 
 
@@ -135,12 +136,23 @@ def settled(quant: QuantConfig, name: str, adapter: str | None) -> QuantConfig:
     return QuantConfig(**values)
 
 
-def load_model(name: str, quant: QuantConfig, dtype: str) -> tuple[Any, dict[str, Any]]:
+def load_model(
+    name: str,
+    quant: QuantConfig,
+    dtype: str,
+    experts: ExpertsPlace | None = None,
+    expert_parallel: int = 1,
+) -> tuple[Any, dict[str, Any]]:
     """The model with packed experts, and the record of the base it is.
 
     Args:
         name: a folder or a hub name.
         quant: how it is packed if it is not yet; must be how it is if it is.
+        experts: where its experts wait; None: on the device.
+        expert_parallel: processes that share them.
+
+    Raises:
+        UserError: experts on disk of a model that is not packed there; a profile of another model.
     """
     import torch
 
@@ -152,14 +164,25 @@ def load_model(name: str, quant: QuantConfig, dtype: str) -> tuple[Any, dict[str
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+    if experts is not None:
+        _fit.check_checkpoint(experts, name, checkpoint)
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    here: dict[str, Any] = {"device_map": None if device is None else {"": device}}
+    if experts is not None and experts.offloaded:
+        here = {"device_map": None}  # in RAM or memory-mapped; `place` moves what belongs on the device
+    elif expert_parallel > 1:
+        from moesmith.train import expert_parallel as ep
+
+        ep.check(checkpoint.config, expert_parallel)
+        here = ep.loading(expert_parallel)
     model = model_class(checkpoint.config).from_pretrained(
-        folder,
-        quantization_config=packing(name, quant, checkpoint),
-        dtype=getattr(torch, dtype),
-        device_map={"": 0} if torch.cuda.is_available() else None,
+        folder, quantization_config=packing(name, quant, checkpoint), dtype=getattr(torch, dtype), **here
     )
     place = str(folder.resolve()) if local_folder(name) is not None else name
-    return model, base_record(model, place)
+    base = base_record(model, place)
+    if experts is not None and experts.offloaded:
+        _fit.place(model, experts, device)
+    return model, base
 
 
 def packing(name: str, quant: QuantConfig, checkpoint: Any) -> Any:
@@ -224,6 +247,8 @@ def say_train(session: Session, over: str | None = None, what: str = "rows") -> 
     steps = (
         f"{plan.steps:,} steps of {train.batch_size} × {train.grad_accum} {what}, {plan.sequences:,} an epoch"
     )
+    if ranks.world() > 1:
+        steps += f" · over {ranks.world()} processes"
     evaluation = f"evaluation every {plan.eval_steps:,}, " if session.held_out else ""
     console.row("", f"{steps} · {evaluation}checkpoint every {plan.save_steps:,}")
 
@@ -233,15 +258,35 @@ def say_plan(session: Session) -> None:
     from moesmith.train import memory
 
     plan = session.plan
-    limit = memory.limit()
+    limit = _fit.limit(session.cfg)
     of = f" of {console.size(limit)}" if limit else ""
     console.row("plan", f"peak about {console.size(plan.memory.peak)}{of}: {plan.memory}")
+    if plan.memory.ram:
+        parts = " · ".join(f"{name} {console.size(n)}" for name, n in plan.memory.ram.items())
+        console.row("", f"RAM {console.size(sum(plan.memory.ram.values()))}: {parts}")
     for note in session.notes:
         console.warn(note)
-    if limit and plan.memory.peak > limit:
+    if limit and plan.memory.own > limit:
         packed = session.base.get("linears") is not None
         ways = memory.advice(plan.memory, session.cfg.train, session.pack_to is not None, packed)
         console.warn("this may not fit" + (f"; change first: {ways[0]}" if ways else ""))
+
+
+def train_measured(session: Session) -> Any:
+    """Train, with the peak of its memory watched; what was moved, and a peak above the plan, are said."""
+    from moesmith.jobs._memory import PeakMemory
+
+    if session.cfg.train.layer_major:
+        _fit.keep_heap_whole()
+    with PeakMemory() as peak:
+        result = session.train()
+    if peak.nbytes > result.peak_bytes:
+        result.peak_bytes = peak.nbytes
+        if result.finished and session.folder.result.exists():
+            session.folder.write_result(result.facts())
+    _fit.write_transfers(session.cfg, session.model)
+    _fit.say_difference(result, session.plan.memory, _fit.limit(session.cfg))
+    return result
 
 
 def say_resume(folder: RunFolder) -> None:

@@ -4,37 +4,46 @@ An adapter runs over the exact packed base it was trained on: what the adapter's
 base is checked against the model that was loaded. In the conversation /reset starts over and /exit leaves;
 Ctrl-C stops an answer, not the program. Answers go to stdout, everything else to stderr. With --tools the
 calls in an answer are shown, and never made: /result gives the model what they would return. /experts shows
-which experts the last answer went through. With --server the model is one that a server has loaded.
+which experts the last answer went through; /transfers what was fetched for it, when experts lie in RAM or on
+disk. With --server the model is one that a server has loaded.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from moesmith import console
-from moesmith.config import JobConfig
+from moesmith.config import JobConfig, flag
 from moesmith.errors import UserError
-from moesmith.jobs._conversation import Answer, converse, say_figures
+from moesmith.jobs._chat_model import Chat, end_of_turn
+from moesmith.jobs._conversation import converse
+from moesmith.jobs._experts_place import Place, PlaceFlags, check_place
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
-    from moesmith.data.tools import Call, ToolSpec
+    from moesmith.data.tools import ToolSpec
     from moesmith.jobs._chat_server import ServerChat
+    from moesmith.jobs._transfers import Transfers
+    from moesmith.models.checkpoint import Checkpoint
+
+__all__ = ["Chat", "Config", "end_of_turn", "load", "put_adapter", "recorded_base", "run"]
 
 POSITIONAL = ("model",)
 JSON = True
 EXAMPLE = 'moesmith chat qwen3-nf4 --adapter out/best --prompt "What is 12 + 30?"'
 OUT_OF_MEMORY = (
-    "shorten the conversation (/reset), lower --max-new-tokens, or load it in fewer bits: --scheme nf4"
+    "shorten the conversation (/reset), lower --max-new-tokens, load it in fewer bits (--scheme nf4), or "
+    "leave experts in RAM or on disk: --fit auto"
 )
 
 
-class Config(JobConfig):
+class TalkFlags(JobConfig):
+    """Who answers, and how."""
+
     model: str | None = None
     """Model folder or hub name, else the base that the adapter names; with --server, a name it serves."""
     adapter: Path | None = None
@@ -65,6 +74,10 @@ class Config(JobConfig):
     """auto uses the GPU if there is one."""
 
 
+class Config(PlaceFlags, TalkFlags):
+    """Keys of `moesmith chat`; the order of the bases puts where the experts lie last."""
+
+
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused: no model named, no such folder, no adapter in it."""
     from moesmith.models.checkpoint import local_folder
@@ -74,6 +87,7 @@ def check(cfg: Config) -> None:
         return
     if cfg.api_key is not None:
         raise UserError("--api-key goes with --server")
+    check_place(cfg)
     local_folder(named_model(cfg, recorded_base(cfg.adapter)))
     read_spec(cfg)
     if cfg.prompt is None and console.is_json():
@@ -82,10 +96,10 @@ def check(cfg: Config) -> None:
 
 def check_server(cfg: Config) -> None:
     """What says how to load a model means nothing for one that a server has loaded."""
-    for name in ("adapter", "scheme", "dtype", "device"):
+    for name in ("adapter", "scheme", "dtype", "device", *PlaceFlags.model_fields):
         if name in cfg.model_fields_set:
             raise UserError(
-                f"--{name} does not go with --server: the server has loaded its model",
+                f"{flag(name)} does not go with --server: the server has loaded its model",
                 "an adapter is served under a name of its own; MODEL picks one"
                 if name == "adapter"
                 else None,
@@ -99,19 +113,32 @@ def run(cfg: Config) -> None:
     if cfg.server is not None:
         talk(cfg, join_server(cfg, cfg.server))
         return
+    from moesmith.jobs._experts_place import put_experts
+    from moesmith.jobs._transfers import watch
+
     base = recorded_base(cfg.adapter)
     source = named_model(cfg, base)
+    place = find_place(cfg, source, base)
     started = time.perf_counter()
-    folder, model, tokenizer = load(source, cfg, base)
+    folder, model, tokenizer = load(source, cfg, base, place)
     if cfg.adapter is not None:
         model = put_adapter(model, cfg.adapter, base, source)
     model.eval()
+    on_gpu = uses_gpu(cfg.device)
+    lender = put_experts(model, place, "cuda:0" if on_gpu else "cpu")
+    transfers = watch(lender, model, place, on_gpu)
     console.note(f"{folder.name} loaded in {console.duration(time.perf_counter() - started)}")
 
-    chat = Chat(model, tokenizer, settings(cfg, model), cfg.system, read_spec(cfg))
+    chat = Chat(model, tokenizer, settings(cfg, model), cfg.system, read_spec(cfg), transfers=transfers)
     if tokenizer.chat_template is None:
         console.note("no chat template: the model continues the text you give it")
-    talk(cfg, chat)
+    try:
+        talk(cfg, chat)
+    finally:
+        if transfers is not None:
+            transfers.lender.close()
+    if transfers is not None and cfg.transfers is not None:
+        write_transfers(cfg, cfg.transfers, transfers, folder.name)
 
 
 def talk(cfg: Config, chat: Chat | ServerChat) -> None:
@@ -122,6 +149,14 @@ def talk(cfg: Config, chat: Chat | ServerChat) -> None:
         console.emit({"prompt": prompt, **answer.facts()})
         return
     converse(chat)
+
+
+def write_transfers(cfg: Config, folder: Path, transfers: Transfers, name: str) -> None:
+    """The page of --transfers."""
+    from moesmith.jobs import _transfers
+    from moesmith.jobs._loop_words import command_line
+
+    _transfers.page(folder, transfers.all(), name, command_line("chat", cfg, POSITIONAL))
 
 
 def join_server(cfg: Config, url: str) -> ServerChat:
@@ -176,8 +211,33 @@ def named_model(cfg: Config, base: dict[str, Any] | None) -> str:
     return source
 
 
-def load(source: str, cfg: Config, base: dict[str, Any] | None) -> tuple[Path, Any, Any]:
-    """(folder, model, tokenizer); packed as asked, as the adapter remembers, or as it lies on disk."""
+def uses_gpu(device: str) -> bool:
+    """Whether --device comes to a GPU."""
+    import torch
+
+    return torch.cuda.is_available() if device == "auto" else device == "cuda"
+
+
+def find_place(cfg: Config, source: str, base: dict[str, Any] | None) -> Place:
+    """Where the experts go: as the flags say, or as the planner does."""
+    from moesmith.jobs._experts_place import PROMPT, decode_work, settle
+    from moesmith.models.checkpoint import Checkpoint, resolve
+
+    if not {*PlaceFlags.model_fields} & cfg.model_fields_set:
+        return Place()
+    checkpoint = Checkpoint.open(resolve(source))
+    adapters = [cfg.adapter] if cfg.adapter is not None else []
+    work = decode_work(checkpoint, adapters, cfg.dtype, PROMPT + cfg.max_new_tokens)
+    return settle(cfg, checkpoint, base, work, cfg.scheme, uses_gpu(cfg.device))
+
+
+def load(
+    source: str, cfg: Config, base: dict[str, Any] | None, place: Place | None = None
+) -> tuple[Path, Any, Any]:
+    """(folder, model, tokenizer); packed as asked, as the adapter remembers, or as it lies on disk.
+
+    A model whose experts are going to lie elsewhere than on the device is loaded on the CPU.
+    """
     import torch
     from transformers import AutoTokenizer, GenerationMixin
 
@@ -195,21 +255,21 @@ def load(source: str, cfg: Config, base: dict[str, Any] | None) -> tuple[Path, A
         raise UserError(
             f"{folder} has no tokenizer", "copy tokenizer.json and tokenizer_config.json of the model there"
         )
-    on_gpu = torch.cuda.is_available() if cfg.device == "auto" else cfg.device == "cuda"
+    place = place or Place()
     if not console.stderr().is_terminal:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
     model = kind.from_pretrained(
         folder,
-        quantization_config=packing(checkpoint, cfg, base),
+        quantization_config=packing(checkpoint, cfg, place.packing or base),
         dtype=cfg.dtype if cfg.dtype == "auto" else getattr(torch, cfg.dtype),
-        device_map={"": 0} if on_gpu else None,
+        device_map={"": 0} if uses_gpu(cfg.device) and not place.offloaded else None,
     )
     return folder, model, AutoTokenizer.from_pretrained(words)
 
 
-def packing(checkpoint: Any, cfg: Config, base: dict[str, Any] | None) -> Any:
+def packing(checkpoint: Checkpoint, cfg: Config, base: dict[str, Any] | None) -> Any:
     """The ExpertsConfig to load with; None for a checkpoint that is quantised already, or has no experts."""
     from moesmith.experts.quantizer import ExpertsConfig
 
@@ -288,166 +348,3 @@ def settings(cfg: Config, model: Any) -> dict[str, Any]:
     if cfg.top_p is not None:
         chosen |= {"do_sample": True, "top_p": cfg.top_p}
     return chosen
-
-
-# ---------------------------------------------------------------- one answer
-
-
-@dataclass
-class Chat:
-    """A conversation: the model, what was said so far, and how to answer."""
-
-    model: Any
-    tokenizer: Any
-    generation: dict[str, Any]
-    system: str | None = None
-    tools: ToolSpec | None = None
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    waiting: int = 0
-    """calls of the last answer that have no result yet"""
-    last: tuple[list[int], list[int]] | None = None
-    """ids of the last prompt and answer"""
-
-    def __post_init__(self) -> None:
-        self.reset()
-        self.end = end_of_turn(self.tokenizer)
-
-    def reset(self) -> None:
-        """Forget everything but the system message."""
-        self.messages = [{"role": "system", "content": self.system}] if self.system else []
-        self.waiting, self.last = 0, None
-
-    def result(self, text: str) -> None:
-        """What the next waiting call returns; after the last one the model answers."""
-        if self.waiting == 0:
-            raise UserError("no call waits for a result")
-        if self.waiting == 1:
-            self.answer(text, role="tool")
-            return
-        self.messages.append({"role": "tool", "content": text})
-        self.waiting -= 1
-        console.note(f"results wanted: {self.waiting} more")
-
-    def answer(self, text: str, show: bool = True, role: str = "user") -> Answer:
-        """Say `text` to the model. The answer is streamed to stdout if `show`, and kept with the question."""
-        import torch
-
-        from moesmith.jobs._memory import PeakMemory
-        from moesmith.jobs._stream import make_stream
-
-        self.messages.append({"role": role, "content": text})
-        try:
-            ids = self.encode().to(self.model.device)
-            room = self.room() - ids.shape[1]
-            if room < 1:
-                raise UserError(
-                    f"{ids.shape[1]} tokens are too long for this model ({self.room()})", "/reset starts over"
-                )
-        except UserError:
-            self.messages.pop()
-            raise
-        stream = make_stream(self.tokenizer, self.end, show)
-        options = self.generation | {"max_new_tokens": min(self.generation["max_new_tokens"], room)}
-        stopped = False
-        started = time.perf_counter()
-        with PeakMemory() as peak, torch.inference_mode():
-            try:
-                self.model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    streamer=stream,
-                    eos_token_id=self.stop_ids(),
-                    pad_token_id=self.pad_id(),
-                    **options,
-                )
-            except KeyboardInterrupt:
-                stopped = True
-        seconds = time.perf_counter() - started
-        stream.finish()
-        message, calls = self.read(stream)
-        self.last = ids[0].tolist(), stream.ids
-        self.messages.append(message)
-        self.waiting = len(calls)
-        answer = Answer(stream.text, ids.shape[1], stream.tokens, seconds, peak.nbytes, stopped, calls)
-        if show:
-            say_figures(answer, self.tools)
-        return answer
-
-    def read(self, stream: Any) -> tuple[dict[str, Any], list[Call]]:
-        """The answer as a message of the conversation, and the calls in it."""
-        said = {"role": "assistant", "content": stream.text}
-        if self.tools is None:
-            return said, []
-        from moesmith.data.tool_format import ToolFormat
-
-        form = ToolFormat.of(self.tokenizer)
-        found = form.parse(form.decode(self.tokenizer, stream.ids), self.tools)
-        if found.malformed:
-            console.note("a call was begun and cannot be read")
-        if found.calls:
-            said |= {"content": found.text, "tool_calls": [call.openai() for call in found.calls]}
-        return said, found.calls
-
-    def encode(self) -> Tensor:
-        """The conversation with the opening of the next answer, as ids (1, tokens)."""
-        import jinja2
-        import torch
-
-        if self.tools is not None:
-            from moesmith.data.tool_format import ToolFormat
-
-            form = ToolFormat.of(self.tokenizer)
-            return torch.tensor([form.prompt_ids(self.tokenizer, self.messages, self.tools)])
-        if self.tokenizer.chat_template is None:
-            text = "\n".join(message["content"] for message in self.messages)
-            return self.tokenizer(text, return_tensors="pt")["input_ids"]
-        try:
-            encoded = self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(
-                f"the chat template refuses this conversation: {error}", "is there a --system it cannot take?"
-            ) from None
-        return encoded["input_ids"]
-
-    def room(self) -> int:
-        """Tokens the model can see at once."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
-
-    def stop_ids(self) -> list[int]:
-        """Token ids that end an answer: the model's own and the one its template ends a turn with."""
-        own = self.model.generation_config.eos_token_id
-        own = own if isinstance(own, list) else [own]
-        ends = self.tokenizer.encode(self.end, add_special_tokens=False) if self.end else []
-        ids = [*own, self.tokenizer.eos_token_id, *(ends if len(ends) == 1 else [])]
-        return sorted({token for token in ids if token is not None})
-
-    def pad_id(self) -> int | None:
-        """Padding is never read here; naming one keeps `generate` from guessing aloud."""
-        pad = self.tokenizer.pad_token_id
-        return pad if pad is not None else next(iter(self.stop_ids()), None)
-
-    def experts(self) -> dict[str, Any]:
-        """Which experts the last answer went through: it is read once more."""
-        from moesmith.serve.experts import picture
-
-        if self.last is None or not self.last[1]:
-            raise UserError("no answer yet, so no experts to show")
-        prompt, said = self.last
-        return picture(self.model, prompt + said, len(prompt))
-
-
-def end_of_turn(tokenizer: Any) -> str:
-    """What the chat template puts right after an assistant turn ("<|im_end|>"), "" if nothing."""
-    if tokenizer.chat_template is None:
-        return ""
-    import jinja2
-
-    word = "ANSWER"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": word}]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except jinja2.TemplateError:
-        return ""
-    return text.rpartition(word)[2].strip()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesmith import console
 from moesmith.data.settings import PreferenceConfig
 from moesmith.errors import UserError
+from moesmith.jobs import _fit
 from moesmith.jobs._train import (
     QuantConfig,
     check_adapter,
@@ -31,6 +32,7 @@ from moesmith.jobs._train import (
     say_train,
     say_written,
     settled,
+    train_measured,
 )
 from moesmith.train.settings import DPORunSettings
 
@@ -38,11 +40,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moesmith.data.preferences import PreparedPairs
+    from moesmith.plan.footprint import Work
     from moesmith.train.folder import RunFolder
     from moesmith.train.preference import DPOResult, PreferenceSession
 
 POSITIONAL = ("config",)
 JSON = True
+RANKS = True  # torchrun may start it
 EXAMPLE = "moesmith dpo examples/dpo.yaml --adapter out/sft/best --data.path pairs.jsonl"
 OUT_OF_MEMORY = "the model itself does not fit: quant.scheme=nf4, quant.linears=nf4, quant.double_quant=true"
 
@@ -66,6 +70,12 @@ class Config(DPORunSettings):
 
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused: no model, no such adapter, options without their adapter."""
+    _fit.check(cfg)
+    if cfg.train.expert_parallel > 1:
+        raise UserError(
+            f"train.expert_parallel={cfg.train.expert_parallel} is for sft",
+            "dpo splits with train.sharding=fsdp2",
+        )
     if cfg.adapter is None:
         if cfg.adapter_mode == "continue":
             raise UserError("adapter_mode=continue without an adapter", "give adapter too")
@@ -83,7 +93,9 @@ def run(cfg: Config) -> None:
 
     check_dpo(cfg)
     folder = RunFolder(cfg.out)
+    given = set(cfg.quant.model_fields_set)
     if cfg.resume:
+        _fit.take_chosen(cfg, folder.config)
         cfg.quant = settled(cfg.quant, named_model(cfg), cfg.adapter)
     if not (cfg.preview or cfg.dry_run) and is_over(folder, cfg):
         return
@@ -94,28 +106,47 @@ def run(cfg: Config) -> None:
         return
     if cfg.resume:
         folder.check_data(fingerprint(prepared.train, prepared.held_out))
-    model, base = load(cfg)
-    session = PreferenceSession(
-        model, tokenizer, prepared.train, prepared.held_out, cfg, base=base, data_facts=data_facts(prepared)
-    )
-    say_train(session, over=cfg.adapter if cfg.adapter_mode == "stack" else None, what="pairs")
-    say_reference(session)
-    say_plan(session)
-    if cfg.dry_run:
-        console.say("dry run: nothing was trained, nothing was written")
-        console.emit({"data": session.data, "plan": asdict(session.plan)})
-        return
-    if cfg.resume:
-        say_resume(folder)
-    try:
-        result = session.train()
-    except KeyboardInterrupt:
-        if not folder.history():  # in the reference pass: what it computed is in its file
-            console.say(f"stopped before the first step, nothing lost · continue: {again(folder)}")
-        raise
-    assert isinstance(result, DPOResult)
-    say_result(result, folder)
+    cfg.quant = settled(cfg.quant, named_model(cfg), cfg.adapter)
+    if cfg.fit == "auto":
+        _fit.choose(cfg, named_model(cfg), work_of(cfg, prepared), given)
+    _fit.enforce(cfg)
+    model, base = load_model(named_model(cfg), cfg.quant, cfg.train.dtype, cfg.experts)
+    with _fit.lent(model):
+        model = with_adapter(cfg, model, base)
+        session = PreferenceSession(
+            model,
+            tokenizer,
+            prepared.train,
+            prepared.held_out,
+            cfg,
+            base=base,
+            data_facts=data_facts(prepared),
+        )
+        say_train(session, over=cfg.adapter if cfg.adapter_mode == "stack" else None, what="pairs")
+        say_reference(session)
+        say_plan(session)
+        if cfg.dry_run:
+            console.say("dry run: nothing was trained, nothing was written")
+            console.emit({"data": session.data, "plan": asdict(session.plan)})
+            return
+        if cfg.resume:
+            say_resume(folder)
+        try:
+            result = train_measured(session)
+        except KeyboardInterrupt:
+            if not folder.history():  # in the reference pass: what it computed is in its file
+                console.say(f"stopped before the first step, nothing lost · continue: {again(folder)}")
+            raise
+        assert isinstance(result, DPOResult)
+        say_result(result, folder)
     console.emit({"data": session.data, "plan": asdict(session.plan), "result": result.facts()})
+
+
+def work_of(cfg: Config, prepared: PreparedPairs) -> Work:
+    """What a step has to take: a pair is two rows."""
+    longest = max((pair.longest for pair in prepared.train), default=1)
+    learned = max((-(-pair.learned // 2) for pair in prepared.train), default=1)
+    return _fit.work_of(cfg, "dpo", longest, learned, cfg.adapter if cfg.adapter_mode == "continue" else None)
 
 
 def named_model(cfg: Config) -> str:
@@ -167,22 +198,19 @@ def show_preview(prepared: PreparedPairs, tokenizer: PreTrainedTokenizerBase, pa
 # ---------------------------------------------------------------- model
 
 
-def load(cfg: Config) -> tuple[Any, dict[str, Any]]:
-    """The model as it is before training and the record of its base; said."""
+def with_adapter(cfg: Config, model: Any, base: dict[str, Any]) -> Any:
+    """The model as it is before training: with the adapter from before, and one to train over it; said."""
     from moesmith.train.adapters import continue_from
     from moesmith.train.stack import stack
 
-    name = named_model(cfg)
-    cfg.quant = settled(cfg.quant, name, cfg.adapter)
-    model, base = load_model(name, cfg.quant, cfg.train.dtype)
     if cfg.adapter is not None:
-        check_base(cfg.adapter, base, name)
+        check_base(cfg.adapter, base, named_model(cfg))
         if cfg.adapter_mode == "stack":
             model = stack(model, cfg.adapter, cfg.lora, cfg.seed)
         else:
             model = continue_from(model, cfg.adapter)
     say_model(model)
-    return model, base
+    return model
 
 
 # ---------------------------------------------------------------- what the terminal shows

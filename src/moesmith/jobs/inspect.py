@@ -1,21 +1,25 @@
 """Say what a checkpoint is, what it needs in each scheme, and what packing would leave out.
 
 Works from config.json and the safetensors headers alone: the model is built without memory (torch's meta
-device) and no weight is read. Takes a folder, a folder with only a config.json, or a hub name.
+device) and no weight is read, unless they are to be verified. Takes a folder, a folder with only a
+config.json, or a hub name.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from moesmith import console
 from moesmith.config import JobConfig
+from moesmith.errors import UserError
 
 if TYPE_CHECKING:
     from moesmith.models.anatomy import Anatomy
     from moesmith.models.checkpoint import Checkpoint
+    from moesmith.models.checksums import Verified
 
 POSITIONAL = ("model",)
 JSON = True
@@ -28,6 +32,8 @@ class Config(JobConfig):
     """Model folder, a folder holding only config.json, or a hub name."""
     blocksize: int = 64
     """Weights per block scale, as `quantize` would use it."""
+    verify: bool = False
+    """Read every weight and compare with the checksums that `quantize` wrote beside them."""
 
 
 def check(cfg: Config) -> None:
@@ -44,8 +50,11 @@ def run(cfg: Config) -> None:
 
     checkpoint = Checkpoint.open(cfg.model, weights=False)
     check_architecture(checkpoint.config)
+    checked = verified(checkpoint) if cfg.verify else None
     anatomy = dissect(meta_model(checkpoint.config), cfg.blocksize)
     facts = {"model": cfg.model, **anatomy.facts(), "disk": disk_facts(checkpoint)}
+    if checked is not None:
+        facts["verified"] = asdict(checked)
     console.emit(facts)
     show(facts, anatomy)
     check_disk(checkpoint, anatomy)
@@ -92,6 +101,16 @@ def check_disk(checkpoint: Checkpoint, anatomy: Anatomy) -> None:
             )
 
 
+def verified(checkpoint: Checkpoint) -> Verified:
+    """Read the weights and compare with checksums.json. Raises UserError naming damaged files and tensors."""
+    from moesmith.models.checksums import verify
+
+    if checkpoint.folder is None:
+        raise UserError("--verify reads files: give a folder on this machine", "moesmith quantize writes one")
+    with console.bar("verifying", total=checkpoint.nbytes) as bar:
+        return verify(checkpoint.folder, bar.advance)
+
+
 # ---------------------------------------------------------------- the words
 
 WIDTH = 17  # of the labels
@@ -128,7 +147,7 @@ def show(facts: dict[str, Any], anatomy: Anatomy) -> None:
     console.row("parameters", text, WIDTH)
     _show_bytes(facts["bytes"], anatomy)
     _show_packing(anatomy)
-    _show_disk(facts["disk"], anatomy)
+    _show_disk(facts, anatomy)
     _show_next(facts)
 
 
@@ -191,7 +210,8 @@ def _show_packing(anatomy: Anatomy) -> None:
         console.row("packed", text, WIDTH)
 
 
-def _show_disk(disk: dict[str, Any], anatomy: Anatomy) -> None:
+def _show_disk(facts: dict[str, Any], anatomy: Anatomy) -> None:
+    disk = facts["disk"]
     if disk["weights"]:
         parts = [console.size(disk["bytes"]), f"{disk['files']} file{'s' if disk['files'] > 1 else ''}"]
         if disk["scheme"]:
@@ -207,6 +227,8 @@ def _show_disk(disk: dict[str, Any], anatomy: Anatomy) -> None:
                     {"fused": "experts fused", "per expert": "one tensor per expert"}[disk["experts"]]
                 )
         console.row("on disk", " · ".join(parts), WIDTH)
+    if checked := facts.get("verified"):
+        console.row("verified", f"{checked['tensors']:,} tensors, every byte as it was written", WIDTH)
     template = "none: chat sends the bare prompt, sft wants prompt and completion columns"
     if disk["chat_template"]:
         marks = "with" if disk["marks_assistant_tokens"] else "no"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pydantic
 
-from moesmith import console
+from moesmith import console, ranks
 from moesmith.config import JobConfig, no_such_file, save, write_atomically
 from moesmith.errors import UserError
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 POSITIONAL = ("model",)
 JSON = True
+RANKS = True
 EXAMPLE = "moesmith profile olmoe-nf4 --corpus code=a.jsonl --corpus math=b.jsonl --out prof"
 OUT_OF_MEMORY = "lower --batch-tokens; profile the packed model; or --stream, which holds one layer at a time"
 
@@ -111,6 +112,7 @@ def run(cfg: Config) -> None:
     from moesmith.data.corpora import HELD_OUT, check_enough, corpus_hash, hold_out, write_documents
     from moesmith.jobs._memory import PeakMemory
     from moesmith.jobs._profile_words import meta, say_profile, say_text, side_facts, versions
+    from moesmith.jobs._ranked import own
     from moesmith.jobs._replay import replay, replay_batches
     from moesmith.jobs._streamed import open_streamed, replay_streamed, text_layers
     from moesmith.models.checkpoint import resolve
@@ -122,7 +124,9 @@ def run(cfg: Config) -> None:
     sources, counts = read_text(cfg, tokenizer, positions)
     hold_out(sources, cfg.held_out)
     say_text(counts)
-    hashes = start_folder(cfg, folder, {layer.num_experts for layer in layers})
+    ranks.barrier()  # every process has seen that the place is free
+    started_as = start_folder(cfg, folder, {layer.num_experts for layer in layers}) if ranks.is_main() else {}
+    hashes = ranks.gather(started_as)[0]
 
     started = time.perf_counter()
     with PeakMemory() as peak:
@@ -132,20 +136,23 @@ def run(cfg: Config) -> None:
         check_enough(used, counts)
         ngrams = leaks.collect(source for source in sources if not source.held_out)
         held_out, alike = leaks.disjoint(ngrams, held_out)
-        write_documents(cfg.out / "documents.jsonl", used)
-        write_documents(cfg.out / HELD_OUT, held_out)
-        leaks.write(cfg.out / leaks.NGRAMS, ngrams)
+        if ranks.is_main():
+            write_documents(cfg.out / "documents.jsonl", used)
+            write_documents(cfg.out / HELD_OUT, held_out)
+            leaks.write(cfg.out / leaks.NGRAMS, ngrams)
 
         about = {**hashes, "corpus_hash": corpus_hash(used)}
         run_of = {**about, **versions()}  # another version may compute other bits: sums are not mixed
-        batches = replay_batches([document.ids for document in used], cfg.batch_tokens)
+        batches = ranks.share(replay_batches([document.ids for document in used], cfg.batch_tokens))
         replayed_at = time.perf_counter()
         if streamed:
             collector = Collector(text_layers(streamed), records(used))
-            replay_streamed(streamed, collector, batches, spool(cfg.out, run_of))
+            if batches:
+                replay_streamed(streamed, collector, batches, spool(cfg.out, run_of))
         else:
             collector = Collector(layers, records(used))
-            replay(model, collector, batches, cfg.out / STATE, run_of)
+            replay(model, collector, batches, own(cfg.out / STATE), run_of)
+        collector.add_up()
         seconds = {"replay": time.perf_counter() - replayed_at, "all": time.perf_counter() - started}
 
     facts = {
@@ -156,7 +163,10 @@ def run(cfg: Config) -> None:
         "held_out_dropped": [overlap.document.id for overlap in alike],
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_bytes": peak.nbytes,
+        **({"processes": ranks.world()} if ranks.world() > 1 else {}),
     }
+    if not ranks.is_main():
+        return
     profile = collector.finish(meta(cfg, folder, about, facts))
     finish_folder(profile, cfg)
     say_profile(profile, cfg, facts)
@@ -199,8 +209,9 @@ def other_options(cfg: Config) -> list[str]:
 def holds_work(out: Path) -> bool:
     """Whether an interrupted run left anything that took time: answers, sums or hidden states."""
     from moesmith.jobs._answers import GENERATED
+    from moesmith.jobs._ranked import all_of
 
-    return any((out / name).exists() for name in (GENERATED, STATE, SPOOL))
+    return any(path.exists() for name in (GENERATED, STATE, SPOOL) for path in all_of(out / name))
 
 
 def options(cfg: Config) -> dict[str, Any]:
@@ -255,16 +266,23 @@ def clear(out: Path) -> None:
     from moesmith.data.corpora import HELD_OUT
     from moesmith.data.leaks import NGRAMS
     from moesmith.jobs._answers import GENERATED
+    from moesmith.jobs._ranked import all_of
 
-    names = (PROFILE, "stats.safetensors", STATE, GENERATED, "documents.jsonl", HELD_OUT, NGRAMS)
-    for name in (*names, "config.yaml", "report.html", "report.json", "report.png", UNFINISHED):
+    names = (PROFILE, "stats.safetensors", "documents.jsonl", HELD_OUT, NGRAMS)
+    for name in (*names, "config.yaml", "report.html", "report.json", "report.png"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / SPOOL, ignore_errors=True)
+    for path in (*all_of(out / STATE), *all_of(out / GENERATED)):
+        path.unlink(missing_ok=True)
+    for path in all_of(out / SPOOL):
+        shutil.rmtree(path, ignore_errors=True)
+    (out / UNFINISHED).unlink(missing_ok=True)
 
 
 def spool(out: Path, about: dict[str, str]) -> Path:
     """A folder for what --stream keeps on disk: emptied when it belongs to other text or another model."""
-    folder = out / SPOOL
+    from moesmith.jobs._ranked import own
+
+    folder = own(out / SPOOL)
     mark = folder / "about.json"
     if not (mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) == about):
         shutil.rmtree(folder, ignore_errors=True)
@@ -275,10 +293,14 @@ def spool(out: Path, about: dict[str, str]) -> Path:
 
 def finish_folder(profile: Profile, cfg: Config) -> None:
     """Write the profile; with it the folder is a whole one, and what only served the run goes."""
+    from moesmith.jobs._ranked import all_of
+
     profile.write(cfg.out)
     for name in (STATE, STATE + ".tmp"):
-        (cfg.out / name).unlink(missing_ok=True)
-    shutil.rmtree(cfg.out / SPOOL, ignore_errors=True)
+        for path in all_of(cfg.out / name):
+            path.unlink(missing_ok=True)
+    for path in all_of(cfg.out / SPOOL):
+        shutil.rmtree(path, ignore_errors=True)
     (cfg.out / UNFINISHED).unlink()
 
 
@@ -361,7 +383,9 @@ def load(folder: Path, cfg: Config) -> Any:
 
         logging.disable_progress_bar()
     model = model_class(Checkpoint.open(folder).config).from_pretrained(
-        folder, dtype=getattr(torch, cfg.dtype), device_map={"": 0} if device(cfg) == "cuda" else None
+        folder,
+        dtype=getattr(torch, cfg.dtype),
+        device_map={"": torch.cuda.current_device()} if device(cfg) == "cuda" else None,
     )
     return model.eval()
 
@@ -378,12 +402,16 @@ def device(cfg: Config) -> str:
 def answer_prompts(model: Any, tokenizer: Any, sources: list[Source], cfg: Config) -> dict[str, Any] | None:
     """Phase 1, and its counts; None when every row came with its answer."""
     from moesmith.jobs._answers import Settings, answer
+    from moesmith.jobs._ranked import answer_together
 
     if not any(source.question is not None for source in sources):
         return None
-    facts = answer(
-        model, tokenizer, sources, cfg.out, Settings(cfg.new_tokens, cfg.batch_tokens, cfg.sample, cfg.seed)
-    )
+    settings = Settings(cfg.new_tokens, cfg.batch_tokens, cfg.sample, cfg.seed)
+    begun = time.perf_counter()
+    before = answer_together(model, tokenizer, sources, cfg.out, settings)
+    facts = answer(model, tokenizer, sources, cfg.out, settings)
+    if before is not None:
+        facts |= {"found": before, "seconds": round(time.perf_counter() - begun, 2)}
     found = f", {facts['found']:,} of them from before" if facts["found"] else ""
     console.row(
         "answers",

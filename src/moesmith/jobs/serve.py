@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from moesmith import console
 from moesmith.config import JobConfig
 from moesmith.errors import UserError
+from moesmith.jobs._experts_place import PlaceFlags, check_place
 
 if TYPE_CHECKING:
+    from moesmith.jobs._transfers import Transfers
     from moesmith.serve.engine import Engine
     from moesmith.serve.limits import Limits
 
@@ -27,10 +29,15 @@ POSITIONAL = ("model",)
 JSON = True
 EXAMPLE = "moesmith serve qwen3-nf4 --adapter tools=out/best --port 8000"
 TELLING = 3  # seconds for telling clients that their answers have ended with the grace
-OUT_OF_MEMORY = "lower --context or --slots: both size the cache; or load it in fewer bits: --scheme nf4"
+OUT_OF_MEMORY = (
+    "lower --context or --slots: both size the cache; load it in fewer bits (--scheme nf4), or leave "
+    "experts in RAM or on disk: --fit auto"
+)
 
 
-class Config(JobConfig):
+class ServeFlags(JobConfig):
+    """What is served, where, and how much of it."""
+
     model: str | None = None
     """Model folder or hub name; without it, the base that the first adapter names."""
     adapter: list[str] = []
@@ -67,6 +74,10 @@ class Config(JobConfig):
     """auto uses the GPU if there is one."""
 
 
+class Config(PlaceFlags, ServeFlags):
+    """Keys of `moesmith serve`; the order of the bases puts where the experts lie last."""
+
+
 def check(cfg: Config) -> None:
     """Refuse what needs no model to be refused."""
     from moesmith.jobs._api_key import read_key
@@ -74,6 +85,7 @@ def check(cfg: Config) -> None:
     from moesmith.models.checkpoint import local_folder
 
     need_packages()
+    check_place(cfg)
     adapters = named_adapters(cfg.adapter)
     for folder in adapters.values():
         recorded_base(folder)
@@ -184,7 +196,9 @@ def make_engine(cfg: Config) -> Engine:
     from transformers import AutoTokenizer
 
     from moesmith.jobs import chat
-    from moesmith.models.checkpoint import has_tokenizer, read_config, resolve
+    from moesmith.jobs._experts_place import Place, decode_work, put_experts, settle
+    from moesmith.jobs._transfers import watch
+    from moesmith.models.checkpoint import Checkpoint, has_tokenizer, read_config, resolve
     from moesmith.serve.engine import Engine, Served
 
     adapters = named_adapters(cfg.adapter)
@@ -194,15 +208,22 @@ def make_engine(cfg: Config) -> Engine:
     config = read_config(resolve(source))
     check_context(cfg.context, (config.get("text_config") or config).get("max_position_embeddings"))
     how = chat.Config(model=source, scheme=cfg.scheme, dtype=cfg.dtype, device=cfg.device)
-    folder, model, tokenizer = chat.load(source, how, next(iter(bases.values()), None))
+    base, on_gpu, place = next(iter(bases.values()), None), chat.uses_gpu(cfg.device), Place()
+    if {*PlaceFlags.model_fields} & cfg.model_fields_set:
+        checkpoint = Checkpoint.open(resolve(source))
+        work = decode_work(checkpoint, list(adapters.values()), cfg.dtype, cfg.context, cfg.slots)
+        place = settle(cfg, checkpoint, base, work, cfg.scheme, on_gpu)
+    folder, model, tokenizer = chat.load(source, how, base, place)
     name = cfg.name or Path(source).expanduser().resolve().name
     served = [Served(name, None, tokenizer)]
     if adapters:
         model = put_adapters(model, adapters, bases, source)
-        for number, (word, place) in enumerate(adapters.items()):
-            words = AutoTokenizer.from_pretrained(place) if has_tokenizer(place) else tokenizer
+        for number, (word, beside) in enumerate(adapters.items()):
+            words = AutoTokenizer.from_pretrained(beside) if has_tokenizer(beside) else tokenizer
             served.append(Served(word, inner_name(number), words))
     model.eval()
+    lender = put_experts(model, place, "cuda:0" if on_gpu else "cpu")
+    transfers = watch(lender, model, place, on_gpu)
     console.note(f"{folder.name} loaded in {console.duration(time.perf_counter() - started)}")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 4096
     check_context(cfg.context, longest)
@@ -224,6 +245,7 @@ def make_engine(cfg: Config) -> Engine:
             f"if all {len(served)} names are used, their caches take {console.size(together)}, and "
             f"{console.size(engine.free)} are free: lower --context or --slots"
         )
+    engine.transfers = transfers
     return engine
 
 
@@ -313,8 +335,12 @@ def serve(engine: Engine, limits: Limits, bound: socket.socket, cfg: Config) -> 
     # The server restores these when it is done, and raises the signal again for them.
     for sig in (signal.SIGINT, signal.SIGTERM):
         signal.signal(sig, lambda *_: None)
+    app = make_app(engine, limits)
+    transfers: Transfers | None = engine.transfers
+    if transfers is not None:
+        app.state.server.metrics.also = transfers.totals
     settings = uvicorn.Config(
-        make_app(engine, limits),
+        app,
         log_level="error",
         access_log=False,
         server_header=False,
@@ -326,12 +352,24 @@ def serve(engine: Engine, limits: Limits, bound: socket.socket, cfg: Config) -> 
         Server(settings).run(sockets=[bound])
     finally:
         ended = engine.stop(timeout=5)
+    if transfers is not None and cfg.transfers is not None:
+        write_transfers(cfg, cfg.transfers, transfers, next(iter(engine.served)))
+    if transfers is not None and ended:
+        transfers.lender.close()
     console.note("stopped")
     if not ended:
         # A forward that does not end would keep the process, and nothing of it is wanted any longer.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def write_transfers(cfg: Config, folder: Path, transfers: Transfers, name: str) -> None:
+    """The page of --transfers."""
+    from moesmith.jobs import _transfers
+    from moesmith.jobs._loop_words import command_line
+
+    _transfers.page(folder, transfers.all(), name, command_line("serve", cfg, POSITIONAL))
 
 
 def announce(engine: Engine, bound: socket.socket, cfg: Config) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from moesmith import console
 from moesmith.data.settings import DataConfig
+from moesmith.jobs import _fit
 from moesmith.jobs._train import (
     QuantConfig,
     check_adapter,
@@ -28,6 +29,7 @@ from moesmith.jobs._train import (
     say_train,
     say_written,
     settled,
+    train_measured,
 )
 from moesmith.train.settings import RunSettings
 
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from moesmith.data.prepare import Prepared
+    from moesmith.plan.footprint import Work
     from moesmith.train.folder import RunFolder
     from moesmith.train.sft import SFTResult
 
 POSITIONAL = ("config",)
 JSON = True
+RANKS = True  # torchrun may start it
 EXAMPLE = "moesmith sft examples/sft.yaml --train.lr 2e-4"
 OUT_OF_MEMORY = "the model itself does not fit: quant.scheme=nf4, quant.linears=nf4, quant.double_quant=true"
 
@@ -60,7 +64,8 @@ class Config(RunSettings):
 
 
 def check(cfg: Config) -> None:
-    """Refuse what needs no model to be refused: no such adapter, or one with another's rank and places."""
+    """Refuse what needs no model to be refused: options that contradict each other, no such adapter."""
+    _fit.check(cfg)
     if cfg.adapter is not None:
         check_adapter(cfg.adapter)
         check_no_lora(cfg.adapter, cfg.lora)
@@ -73,7 +78,9 @@ def run(cfg: Config) -> None:
     from moesmith.train.sft import Session
 
     folder = RunFolder(cfg.out)
+    given = set(cfg.quant.model_fields_set)
     if cfg.resume:
+        _fit.take_chosen(cfg, folder.config)
         cfg.quant = settled(cfg.quant, cfg.model, cfg.adapter)
     if not (cfg.preview or cfg.dry_run) and is_over(folder, cfg):
         return
@@ -85,26 +92,37 @@ def run(cfg: Config) -> None:
     if cfg.resume:
         folder.check_data(fingerprint(prepared.train, prepared.held_out))
     cfg.quant = settled(cfg.quant, cfg.model, cfg.adapter)
-    model, base = load_model(cfg.model, cfg.quant, cfg.train.dtype)
-    if cfg.adapter is not None:
-        check_base(cfg.adapter, base, cfg.model)
-        model = continue_from(model, cfg.adapter)
-    say_model(model)
-    session = Session(
-        model, tokenizer, prepared.train, prepared.held_out, cfg,
-        pack_to=cfg.data.max_length if cfg.data.packing else None, base=base, data_facts=data_facts(prepared),
-    )  # fmt: skip
-    say_train(session, what="packed sequences" if session.pack_to else "rows")
-    say_plan(session)
-    if cfg.dry_run:
-        console.say("dry run: nothing was trained, nothing was written")
-        console.emit({"data": session.data, "plan": asdict(session.plan)})
-        return
-    if cfg.resume:
-        say_resume(folder)
-    result = session.train()
-    say_result(result, folder)
+    if cfg.fit == "auto":
+        _fit.choose(cfg, cfg.model, work_of(cfg, prepared), given, packing=cfg.data.packing)
+    _fit.enforce(cfg)
+    model, base = load_model(cfg.model, cfg.quant, cfg.train.dtype, cfg.experts, cfg.train.expert_parallel)
+    with _fit.lent(model):
+        if cfg.adapter is not None:
+            check_base(cfg.adapter, base, cfg.model)
+            model = continue_from(model, cfg.adapter)
+        say_model(model)
+        session = Session(
+            model, tokenizer, prepared.train, prepared.held_out, cfg, base=base,
+            pack_to=cfg.data.max_length if cfg.data.packing else None, data_facts=data_facts(prepared),
+        )  # fmt: skip
+        say_train(session, what="packed sequences" if session.pack_to else "rows")
+        say_plan(session)
+        if cfg.dry_run:
+            console.say("dry run: nothing was trained, nothing was written")
+            console.emit({"data": session.data, "plan": asdict(session.plan)})
+            return
+        if cfg.resume:
+            say_resume(folder)
+        result = train_measured(session)
+        say_result(result, folder)
     console.emit({"data": session.data, "plan": asdict(session.plan), "result": result.facts()})
+
+
+def work_of(cfg: Config, prepared: Prepared) -> Work:
+    """What a step has to take."""
+    longest = cfg.data.max_length if cfg.data.packing else max(map(len, prepared.train), default=1)
+    learned = longest if cfg.data.packing else max((e.learned for e in prepared.train), default=1)
+    return _fit.work_of(cfg, "train", longest, learned, cfg.adapter)
 
 
 # ---------------------------------------------------------------- data

@@ -363,17 +363,20 @@ def _digest_tensor(shape: tuple[int, ...], values: torch.Tensor) -> bytes:
 def _samples_live(model: torch.nn.Module) -> Iterator[bytes]:
     import torch
 
+    from moesmith.experts.quantizer import elements
+
     seen = set()
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, torch.Tensor) or _NOT_HASHED.search(name) or tensor.numel() == 0:
             continue
-        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+        held = getattr(tensor, "_local_tensor", tensor)  # of a DTensor: experts that ranks share
+        place = (held.data_ptr(), tuple(tensor.shape), tensor.dtype)
         if place in seen:  # tied weights are stored once
             continue
         seen.add(place)
-        flat = tensor.detach().reshape(-1)
-        parts = [flat[start : start + SAMPLE_ELEMENTS] for start in _offsets(flat.numel())]
-        yield _digest_tensor(tuple(tensor.shape), torch.cat(parts).cpu())
+        last = tensor.numel()
+        index = [torch.arange(start, min(start + SAMPLE_ELEMENTS, last)) for start in _offsets(last)]
+        yield _digest_tensor(tuple(tensor.shape), elements(tensor, torch.cat(index)))
 
 
 def _samples_on_disk(folder: Path) -> Iterator[bytes]:

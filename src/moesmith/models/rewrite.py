@@ -45,8 +45,8 @@ WEIGHTS = (
 REBUILT = ("config.json", RECORD)  # and written anew beside the weights
 # What moesmith wrote about a model or its text: not true of another model, and a profile holds text.
 RECORDS = (
-    RECORD, "adapter_config.json", "compare.json", "expert_drop_metadata.json", "heal.json", "ngrams.npy",
-    "profile.json", "unfinished.json", "verify.json",
+    RECORD, "adapter_config.json", "checksums.json", "compare.json", "expert_drop_metadata.json", "heal.json",
+    "ngrams.npy", "profile.json", "unfinished.json", "verify.json",
 )  # fmt: skip
 REPORTS = ("report.html", "report.json", "report.png")
 

@@ -197,13 +197,13 @@ def _gemv(x: Tensor, stack: PackedStack, hit: list[int]) -> Tensor:
     lines = [
         torch.ops.bitsandbytes.gemv_4bit(
             x[i : i + 1],
-            stack.codes[e].view(-1, 1),
+            stack.codes[place].view(-1, 1),
             [rows, columns],
             scales[i].view(-1),
             code,
             stack.blocksize,
         )
-        for i, e in enumerate(hit)
+        for i, place in enumerate(stack.places(hit))
     ]
     return torch.cat(lines)
 

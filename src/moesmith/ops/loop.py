@@ -28,7 +28,9 @@ def project(
     for e, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
         if start == end:
             continue
-        weight = stack.codes[e] if scratch is None else stack.expert(e, x.dtype, out=scratch)
+        weight = (
+            stack.codes[stack.places([e])[0]] if scratch is None else stack.expert(e, x.dtype, out=scratch)
+        )
         torch.mm(x[start:end], weight.t() if over_columns else weight, out=out[start:end])
         if extra is not None:
             out[start:end].addmm_(extra[0][start:end], extra[1][e])

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moesmith import ranks
 from moesmith.errors import UserError
 from moesmith.experts.forward import use_experts_function
 from moesmith.models.layers import MoELayer, submodule
@@ -85,6 +86,25 @@ class Collector:
         """
         return Profile([self._stats(layer) for layer in self.layers], self.domains, self.documents, meta)
 
+    def add_up(self) -> None:
+        """What the collectors of all processes have seen, in each of them; nothing in a single process.
+
+        Tokens are counted exactly, largest values are the largest, other sums are added in float64.
+        """
+        if ranks.world() == 1:
+            return
+        widths: dict[str, int] = {}
+        for part in ranks.gather({experts: s["output"].shape[-1] for experts, s in self._sums.items()}):
+            widths |= part
+        for layer in self.layers:
+            if layer.experts not in widths:  # nobody called it: `finish` says so
+                continue
+            state = self._sums.setdefault(
+                layer.experts, self._zeros(layer.num_experts, widths[layer.experts])
+            )
+            for name in sorted(state):
+                ranks.add(state[name], largest=name in ("max_norm", "max_abs"))
+
     # ---------------------------------------------------------------- to stop and go on
 
     def layer_state(self, experts: str) -> dict[str, Tensor]:
@@ -148,7 +168,7 @@ class Collector:
         num_experts = layer.num_experts
         state = self._sums.get(layer.experts)
         if state is None:
-            state = self._sums[layer.experts] = self._zeros(num_experts, rows)
+            state = self._sums[layer.experts] = self._zeros(num_experts, rows.shape[-1])
         expert_R = torch.repeat_interleave(
             torch.arange(num_experts, device=rows.device), routing.tokens_per_expert, output_size=len(rows)
         )
@@ -196,14 +216,14 @@ class Collector:
         chosen = chosen[batch.local.to(rows.device) < batch.num_documents]
         state["coactivation"] += (chosen.T @ chosen).double().cpu()
 
-    def _zeros(self, num_experts: int, rows: Tensor) -> dict[str, Tensor]:
+    def _zeros(self, num_experts: int, width: int) -> dict[str, Tensor]:
         domains, double = len(self.domains), torch.float64
         return {
             "sums": torch.zeros(domains, num_experts, len(_ROW_SUMS), dtype=double),
             "per_document": torch.zeros(len(self.documents), num_experts, len(PER_DOCUMENT), dtype=double),
             "max_norm": torch.zeros(domains, num_experts, dtype=double),
             "max_abs": torch.zeros(domains, num_experts, dtype=double),
-            "output": torch.zeros(num_experts, rows.shape[-1], dtype=double),
+            "output": torch.zeros(num_experts, width, dtype=double),
             "coactivation": torch.zeros(num_experts, num_experts, dtype=double),
         }
 

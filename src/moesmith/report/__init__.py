@@ -2,8 +2,9 @@
 
 Knows no model and no tensor. `page.py` puts the page together from `sections.py` (pictures and what they
 say), `build.py` (the same of a built model), `tools.py`, `pairs.py` and `loop.py` (of tool calls, preference
-pairs and rounds) and `tables.py`; `charts.py` and its like draw; `poster.py` makes the PNG; `values.py`
-writes numbers; `markup.py` escapes. docs/report.md names every fact.
+pairs and rounds), `transfers.py` (of experts that are fetched) and `tables.py`; `charts.py` and its like
+draw; `poster.py` makes the PNG; `values.py` writes numbers; `markup.py` escapes. docs/report.md names every
+fact.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import re
 from importlib import resources
 from typing import Any
 
-from . import build, gpqa, loop, pairs, sections, tables, tasks, tool_tables, tools
+from . import build, gpqa, loop, pairs, sections, tables, tasks, tool_tables, tools, transfers
 from .markup import Html, join, prose, tag
 from .parts import Section, verdict
 from .theme import COLOURS
@@ -29,7 +29,7 @@ LEVELS = {  # level -> (sign, word)
 def page(facts: dict[str, Any]) -> str:
     """The page for `facts`, which are plain JSON data (`values.clean`)."""
     built, asked = build.sections(facts), _asked(facts)
-    parts = [*built, *asked, *sections.build(facts), *tables.build(facts)]
+    parts = [*built, *asked, *transfers.sections(facts), *sections.build(facts), *tables.build(facts)]
     script = _file("page.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     filled = {

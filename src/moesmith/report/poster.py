@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import build_charts, charts, loop_charts, tasks, tool_charts
+from . import build_charts, charts, loop_charts, tasks, tool_charts, transfers
 from .charts import MEASURES, Line, cut
 from .parts import verdict
 from .rounds import read_rounds
@@ -74,7 +74,7 @@ def _room(picture: Figure, pixels: int) -> None:
 
 
 def _asked(facts: dict[str, Any]) -> Figure | None:
-    """The picture of rounds, tool calls or pairs; None for facts of anything else."""
+    """The picture of rounds, tool calls, pairs or transfers; None for facts of anything else."""
     picture = loop_charts.scores(read_rounds(facts), LIGHT, POSTER)
     runs = read_runs(facts)
     if picture is None and len(runs) != 1:
@@ -84,4 +84,7 @@ def _asked(facts: dict[str, Any]) -> Figure | None:
             shown = layout([run.confusion])
             picture = tool_charts.confusion(run.confusion, shown, LIGHT) if shown.tools else None
     picture = picture or tool_charts.score(runs, LIGHT, POSTER) or tasks.picture(facts.get("tasks"), LIGHT)
-    return picture or loop_charts.pairs(records(mapping(facts.get("pairs")).get("categories")), LIGHT, POSTER)
+    picture = picture or loop_charts.pairs(
+        records(mapping(facts.get("pairs")).get("categories")), LIGHT, POSTER
+    )
+    return picture or transfers.stalls(mapping(facts.get("transfers")), LIGHT, POSTER)

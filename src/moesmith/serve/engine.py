@@ -130,6 +130,8 @@ class Engine:
         self.context, self.slots = context, slots
         self.started = time.time()
         self.stopping = False
+        self.transfers: Any = None
+        """what counts the experts that are fetched for answers; whoever loaded the model sets it"""
         self.why_serial: str | None = "asked for" if serial else None
         self._turns = Turns()
         self._active: str | None | object = _UNKNOWN

@@ -6,13 +6,13 @@ system then kills the process.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import ram
+
 PAGE = 64  # tokens of one cache page
-CGROUP = Path("/sys/fs/cgroup")
 
 
 def pages(context: int, slots: int) -> int:
@@ -44,14 +44,4 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    import psutil  # type: ignore[import-untyped]
-
-    found = int(psutil.virtual_memory().available)
-    try:
-        limit = (CGROUP / "memory.max").read_text().strip()
-        rows = (line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-        files = {name: int(value) for name, value in rows}.get("inactive_file", 0)
-        taken = int((CGROUP / "memory.current").read_text()) - files
-    except (OSError, ValueError):
-        return found
-    return min(found, max(0, int(limit) - taken)) if limit.isdecimal() else found
+    return ram.available()

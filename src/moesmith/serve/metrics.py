@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # seconds
 
@@ -26,6 +26,8 @@ class Metrics:
     def __init__(self) -> None:
         self.counts: dict[tuple[str, tuple[tuple[str, str], ...]], float] = defaultdict(float)
         self.seen: dict[str, list[float]] = {name: [0.0] * (len(BUCKETS) + 2) for name in HISTOGRAMS}
+        self.also: Callable[[], list[tuple[str, str, float]]] = list
+        """(name, help, value) of counters that are kept elsewhere (experts that are fetched)"""
 
     def add(self, name: str, n: float = 1, **labels: str) -> None:
         """Count something."""
@@ -53,6 +55,9 @@ class Metrics:
             for limit, value in zip([*BUCKETS, "+Inf"], row[:-1], strict=True):
                 lines.append(f'moesmith_{name}_bucket{{le="{limit}"}} {value:g}')
             lines += [f"moesmith_{name}_sum {row[-1]:.6f}", f"moesmith_{name}_count {row[-2]:g}"]
+        for name, about, value in self.also():
+            lines += [f"# HELP moesmith_{name} {about}", f"# TYPE moesmith_{name} counter"]
+            lines.append(f"moesmith_{name} {value!r}")
         for name, about, value in gauges:
             lines += [f"# HELP moesmith_{name} {about}", f"# TYPE moesmith_{name} gauge"]
             lines.append(f"moesmith_{name} {value!r}")

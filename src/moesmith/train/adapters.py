@@ -19,6 +19,7 @@ from moesmith.errors import UserError
 from moesmith.experts.report import count
 from moesmith.models.layers import PLACEMENTS, adapter_targets
 
+from .expert_parallel import shared_factors
 from .folder import replace_folder
 from .lora import lora_config
 from .settings import LoraSettings
@@ -76,10 +77,13 @@ def count_adapters(model: PeftModel, targets: Iterable[str] | None = None) -> Ad
             for name in _targets_of(model, placement):
                 owners.setdefault(name, placement)
     counts = AdapterCounts(frozen=count(model).frozen)
+    # Expert parallelism: a process holds the factors of its own experts.
+    holders = {id(p): m.share.mesh.size() for m, _, _, p in shared_factors(model) if m.share is not None}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             placement = owners.get(_module_of(name), "other")
-            counts.trainable[placement] = counts.trainable.get(placement, 0) + parameter.numel()
+            numel = parameter.numel() * holders.get(id(parameter), 1)
+            counts.trainable[placement] = counts.trainable.get(placement, 0) + numel
     counts.trainable = {p: counts.trainable[p] for p in (*PLACEMENTS, "other") if p in counts.trainable}
     missing = [placement for placement in targets or () if placement not in counts.trainable]
     if missing:
@@ -122,6 +126,7 @@ def save_adapter(
     tokenizer: PreTrainedTokenizerBase,
     base: dict[str, Any],
     facts: dict[str, Any],
+    weights: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """The adapter in PEFT's format, the tokenizer with its chat template, and which base they belong to.
 
@@ -130,15 +135,17 @@ def save_adapter(
     Args:
         base: what `moesmith.models.checkpoint.base_record` says about the model.
         facts: what else is worth knowing: step, held-out loss.
+        weights: state dict to take the adapter from, gathered from all processes; None: the model's own.
     """
 
     def write(folder: Path) -> None:
         parts = {}
         if is_stacked(model):
-            parts = {"parts": write_stacked(folder, model)}
+            parts = {"parts": write_stacked(folder, model, *([] if weights is None else [weights]))}
         else:
+            gathered: dict[str, Any] = {} if weights is None else {"state_dict": weights}
             # No look at the hub whether the vocabulary grew: embeddings are never trained.
-            model.save_pretrained(str(folder), save_embedding_layers=False)
+            model.save_pretrained(str(folder), save_embedding_layers=False, **gathered)
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's unfilled model card
         record = {"base": base, **facts, **parts, "moesmith": __version__}

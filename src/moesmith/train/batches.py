@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -35,7 +37,7 @@ class Collator:
 
     input_ids, labels (B, T), and attention_mask (B, T) or, for packed rows, position_ids (1, T);
     learned (N,) indices into the B*T positions whose next token is learned; shift_labels (1, N) those tokens;
-    rows: numbers of the rows in the batch.
+    rows: numbers of the rows in the batch. A spare batch (see `Share`) says so, has none and learns nothing.
     """
 
     def __init__(self, pad_token_id: int, packed: bool):
@@ -44,11 +46,14 @@ class Collator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         examples = [example for item in items for example in _examples(item)]
-        batch = concatenate(examples) if self.packed else pad(examples, self.pad_token_id)
+        batch: dict[str, Any] = concatenate(examples) if self.packed else pad(examples, self.pad_token_id)
         following = torch.nn.functional.pad(batch["labels"], (0, 1), value=IGNORED)[:, 1:].reshape(-1)
         learned = (following != IGNORED).nonzero().squeeze(1)
         rows = [example.row for example in examples]
-        return {**batch, "learned": learned, "shift_labels": following[learned][None], "rows": rows}
+        batch |= {"learned": learned, "shift_labels": following[learned][None], "rows": rows}
+        if _is_spare(items):
+            batch |= {"spare": True, "rows": [], "shift_labels": batch["shift_labels"].fill_(IGNORED)}
+        return batch
 
 
 class PairCollator:
@@ -73,7 +78,57 @@ class PairCollator:
         if self.references:
             known = torch.tensor([self.references[item["pair"]] for item in items], dtype=torch.float32)
             batch["ref_chosen_logps"], batch["ref_rejected_logps"] = known.unbind(1)
-        return {**batch, "rows": [pair[0].row for pair in pairs]}
+        spare = {"spare": True} if _is_spare(items) else {}
+        return {**batch, **spare, "rows": [] if spare else [pair[0].row for pair in pairs]}
+
+
+class Share:
+    """One process's part of the batches that a single one would read, as a batch sampler.
+
+    Of every `window` batches (those of one optimizer step) it takes every `shares`-th, from `share` on. Where
+    another process has one more, a spare batch comes last: the window's first row, its index i as ~i.
+
+    Args:
+        batches: a batch sampler, the same and in the same order in every process.
+    """
+
+    def __init__(self, batches: Any, window: int, shares: int, share: int):
+        self.batches, self.window, self.shares, self.share = batches, window, shares, share
+        self.batch_size, self.drop_last = batches.batch_size, batches.drop_last
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = iter(self.batches)
+        while window := list(itertools.islice(batches, self.window)):
+            mine = window[self.share :: self.shares]
+            yield from mine
+            if len(mine) < math.ceil(len(window) / self.shares):
+                yield [~window[0][0]]
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.batches), self.window)
+        return whole * math.ceil(self.window / self.shares) + math.ceil(rest / self.shares)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The order of the rows follows from the seed and the epoch."""
+        if hasattr(self.batches.sampler, "set_epoch"):
+            self.batches.sampler.set_epoch(epoch)
+
+
+class WithSpares(torch.utils.data.Dataset):
+    """A dataset in which row ~i is row i, marked as spare."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index] if index >= 0 else {**self.rows[~index], "spare": True}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _is_spare(items: Iterable[dict[str, Any]]) -> bool:
+    return any("spare" in item for item in items)
 
 
 def pad(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from moesmith import console
+from moesmith import console, ranks
 from moesmith.errors import UserError
 
 from . import memory
@@ -23,16 +23,33 @@ from .folder import RunFolder
 class Stop:
     """A request to stop after the step that is running."""
 
+    ECHO = 5.0  # seconds: a launcher hands on a Ctrl-C that the terminal gave its processes too
+
     def __init__(self) -> None:
         self.reason: str | None = None
         self._before: dict[int, Any] = {}
+        self._asked = 0.0
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        several = ranks.world() > 1
         if self.reason is not None:  # asked twice: now
+            if several and time.monotonic() - self._asked < self.ECHO:
+                return
             signal.signal(number, self._before[number])
             raise KeyboardInterrupt
+        self._asked = time.monotonic()
         self.reason = "interrupted" if number == signal.SIGINT else "terminated"
-        console.note("finishing this step, then saving (again to stop at once)")
+        if not several:  # else it may be the launcher's answer to a process that has died
+            console.note("finishing this step, then saving (again to stop at once)")
+
+    def agree(self) -> None:
+        """Take over the reason that any process has: all of them stop after the same step."""
+        if ranks.world() == 1:
+            return
+        reasons = [reason for reason in ranks.gather(self.reason) if reason is not None]
+        if reasons:
+            self.reason = reasons[0]
+            console.note("saving, then stopping")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[Stop]:
@@ -56,6 +73,7 @@ class StopCallback(TrainerCallback):
         self.stop = stop
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.stop.agree()
         if self.stop.reason is not None and state.global_step < state.max_steps:
             control.should_save = True
             control.should_training_stop = True

@@ -4,6 +4,7 @@
 - A checkpoint folder is whole or has another name.
 - Every trainable parameter gets a gradient, in the first step and after every evaluation.
 - Only the positions whose next token is scored reach the output head, on a CPU too.
+- Several processes do what one would do (`together.py`), and drop a step together.
 
 Mixed into TRL's trainers: in `trainer.py` for the tokens of a text, in `preference_trainer.py` for pairs.
 """
@@ -20,14 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.trainer import OPTIMIZER_NAME
 
+from moesmith import ranks
 from moesmith.config import write_atomically
 from moesmith.errors import UserError
 
 from .folder import CHECKPOINT, RunFolder, replace_folder
+from .together import Together, gathered
 
 STATE = "moesmith_state.json"
 
@@ -69,10 +72,8 @@ class NonFinite(UserError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-class Careful(transformers.Trainer):
+class Careful(Together):
     """See the module's docstring. `folder` gets checkpoints and records; a batch names its rows."""
-
-    _metrics: dict[str, Any]  # TRL's: mode -> name -> one value per forward pass since the last log
 
     def __init__(
         self, *args: Any, folder: RunFolder, max_nonfinite: int, keep_checkpoints: int, **kwargs: Any
@@ -87,8 +88,6 @@ class Careful(transformers.Trainer):
         self._check_gradients = True
         self._watch: tuple[set[str], list[Any]] | None = None
         self._skipped_now = False
-        self.unused: list[str] = []
-        """trainable tensors of modules that the model never runs"""
         super().__init__(*args, **kwargs)
         self._plain = self.accelerator.unwrap_model(self.model).get_base_model()
         self._hook = self._plain.base_model.register_forward_hook(self._keep_learned)
@@ -133,11 +132,13 @@ class Careful(transformers.Trainer):
             window = self._window = Window(lengths)
             self._watch = _ran(self.model) if self._check_gradients else None
         window.rows += inputs["rows"]
-        real = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        window.tokens += int(real)
+        if "spare" not in inputs:
+            mask = inputs.get("attention_mask")
+            window.tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        rows = inputs["rows"]
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
-            window.bad_rows += inputs["rows"]
+            window.bad_rows += rows
             return torch.zeros_like(loss)
         return loss
 
@@ -149,8 +150,9 @@ class Careful(transformers.Trainer):
         if self._watch is not None:
             self._check_every_gradient(*self._watch)
         bad = bool(window.bad_rows) or not math.isfinite(float(norm))
-        if self.accelerator.num_processes > 1:
-            bad = bool(self.accelerator.reduce(torch.tensor(float(bad), device=self.args.device)) > 0)
+        if self.together:
+            found = ranks.add(torch.tensor([float(bad), window.tokens], dtype=torch.float64))
+            bad, window.tokens = bool(found[0]), int(found[1]) // self.get_tp_size()
         self._skipped_now = bad
         # accelerate's own mark for a step that fp16 scaling skipped: the learning rate does not move on.
         self.optimizer._is_overflow = bad
@@ -164,6 +166,8 @@ class Careful(transformers.Trainer):
     def _drop(self, model: nn.Module, window: Window, norm: Any) -> None:
         """Forget a window: no gradient for the optimizer, no loss for the log. Count it and name its rows."""
         model.zero_grad(set_to_none=True)
+        if self.together:
+            window.rows, window.bad_rows = self.dropped_rows(window.rows, window.bad_rows)
         metrics = self._metrics["train"]
         kept = {name: values[: window.metrics.get(name, 0)] for name, values in metrics.items()}
         metrics.clear()
@@ -178,8 +182,7 @@ class Careful(transformers.Trainer):
             "rows": window.rows,
             "bad_rows": window.bad_rows or window.rows,
         }
-        if self.is_world_process_zero():
-            self.folder.append(self.folder.nonfinite, record)
+        self.folder.append(self.folder.nonfinite, record)
         if self.run_state.skipped_in_row >= self.max_nonfinite:
             raise NonFinite(
                 f"{self.run_state.skipped_in_row} steps in a row had a {what} that is not finite, "
@@ -232,14 +235,37 @@ class Careful(transformers.Trainer):
         name = CHECKPOINT.format(step=step)
         try:
             super()._save_checkpoint(model, trial)
-            write_atomically(self._save_into / name / STATE, json.dumps(asdict(self.run_state)))
-            replace_folder(self.folder.checkpoints / name, (self._save_into / name).rename)
-            self._save_into.rmdir()
+            passes = self.all_passes()  # by then every process has written its part
+            if ranks.is_main():
+                state = {**asdict(self.run_state), "passes": passes}
+                write_atomically(self._save_into / name / STATE, json.dumps(state))
+                replace_folder(self.folder.checkpoints / name, (self._save_into / name).rename)
+                self._save_into.rmdir()
         finally:
             self._save_into = None
         self.folder.keep_newest(self.keep_checkpoints)
 
+    def all_passes(self) -> dict[str, int]:
+        """`RunState.passes` of all processes together."""
+        parts = ranks.gather(self.run_state.passes)
+        return {what: sum(part.get(what, 0) for part in parts) for part in parts for what in part}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Only the adapter, also where the model is split over processes."""
+        if self.is_fsdp_enabled and (weights := gathered(self.model)) is not None:
+            self._save(output_dir, state_dict=weights)
+        else:
+            super().save_model(output_dir, _internal_call)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        split = bool(self.is_fsdp_enabled)
+        if (Path(resume_from_checkpoint) / OPTIMIZER_NAME).is_file() == split:
+            how = "whole" if split else "split over processes"
+            begun = "without sharding" if split else "with train.sharding=fsdp2, or accelerate's FSDP"
+            raise UserError(
+                f"{resume_from_checkpoint} was written with weights {how}: its optimizer has another form",
+                f"go on as it was begun: {begun}",
+            )
         self._load_weights(resume_from_checkpoint, model)
         state = json.loads((Path(resume_from_checkpoint) / STATE).read_text(encoding="utf-8"))
         self.run_state = RunState(**state)

@@ -7,6 +7,7 @@ nonfinite.jsonl   the rows of every skipped step
 checkpoints/      what --resume continues from
 best/  last/      adapters: lowest held-out loss, newest
 result.json       written when the run is over
+transfers.json    bytes moved and waits of experts off the device, where they were counted
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import yaml
 
+from moesmith import ranks
 from moesmith.config import JobConfig, save, write_atomically
 from moesmith.errors import UserError
 
@@ -31,12 +33,14 @@ CHECKPOINT = "checkpoint-{step}"
 MAY_CHANGE = (
     "resume", "overwrite", "dry_run", "preview", "out", "train.eval_steps", "train.save_steps",
     "train.keep_checkpoints", "train.early_stop", "train.max_nonfinite", "train.loggers",
-    "train.gradient_checkpointing", "dpo.reference", "dpo.reference_cache",
+    "train.gradient_checkpointing", "train.expert_parallel", "dpo.reference", "dpo.reference_cache", "fit",
+    "vram", "ram", "experts.home", "experts.kept", "experts.slots", "experts.profile", "experts.statistics",
+    "experts.verify",
 )  # fmt: skip
 
 
 class RunFolder:
-    """Paths and records of one run."""
+    """Paths and records of one run. Of several processes rank 0 alone writes; on others nothing is done."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
@@ -48,11 +52,12 @@ class RunFolder:
         self.best = self.path / "best"
         self.last = self.path / "last"
         self.result = self.path / "result.json"
+        self.transfers = self.path / "transfers.json"
 
     @property
     def owned(self) -> Sequence[Path]:
         """Everything a run writes."""
-        files = (self.config, self.data, self.log, self.nonfinite, self.result)
+        files = (self.config, self.data, self.log, self.nonfinite, self.result, self.transfers)
         return (*files, self.checkpoints, self.best, self.last, self.path / "tensorboard")
 
     def check(self, cfg: JobConfig, resume: bool, overwrite: bool) -> None:
@@ -81,6 +86,8 @@ class RunFolder:
 
     def begin(self, cfg: JobConfig, resume: bool) -> None:
         """Make the folder ready: remove an earlier run's files unless it is resumed, and save the options."""
+        if not ranks.is_main():
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         if not resume:
             for path in self.owned:
@@ -122,6 +129,8 @@ class RunFolder:
 
     def record_data(self, facts: dict[str, Any]) -> None:
         """Save what is known of the rows: fingerprint, train, held_out, counts."""
+        if not ranks.is_main():
+            return
         write_atomically(self.data, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
     # --- checkpoints ---
@@ -140,6 +149,8 @@ class RunFolder:
 
     def keep_newest(self, n: int) -> None:
         """Remove all but the `n` newest checkpoints."""
+        if not ranks.is_main():
+            return
         for step in self.checkpoint_steps()[:-n]:
             remove(self.checkpoints / CHECKPOINT.format(step=step))
 
@@ -147,11 +158,15 @@ class RunFolder:
 
     def append(self, path: Path, record: dict[str, Any]) -> None:
         """One more line in log.jsonl or nonfinite.jsonl."""
+        if not ranks.is_main():
+            return
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Remove records of steps after the checkpoint a run resumes from: they are taken again."""
+        if not ranks.is_main():
+            return
         for path in (self.log, self.nonfinite):
             if not path.exists():
                 continue
@@ -170,6 +185,8 @@ class RunFolder:
 
     def write_result(self, facts: dict[str, Any]) -> None:
         """The last thing a finished run writes."""
+        if not ranks.is_main():
+            return
         write_atomically(self.result, json.dumps(facts, indent=2) + "\n")
 
 

@@ -1,128 +1,181 @@
-"""What training takes in memory: an estimate before it starts, and when it runs out, what to change first.
+"""What training takes in memory: a plan before it starts, and when it runs out, what differed and what to do.
 
-Weights, adapter, gradients and optimizer state are counted, not estimated. Activations are estimated from the
-shapes of one decoder layer.
+The plan is `moesmith.plan`'s footprint of the model as it is loaded, so `moesmith plan` says the same. Beside
+it stands what was measured once the model and its adapter were there: weights by part, and what the process
+held.
 """
-
-# T tokens in a forward pass, H model dim, F expert hidden dim, K experts per token, V vocabulary
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from peft import PeftModel
 from torch import nn
 
+from moesmith import ram
 from moesmith.console import size
-from moesmith.experts.report import count
-from moesmith.models.layers import moe_layers, submodule
+from moesmith.experts.residency.attach import residency_of
+from moesmith.experts.storage import named_experts
+from moesmith.models.checkpoint import Checkpoint
+from moesmith.plan.footprint import Choice, Work, footprint
+from moesmith.plan.shape import Shape
 
+from .adapters import count_adapters
 from .settings import TrainSettings
 
-# TRL's fused head works in tiles of this many tokens by this much of the vocabulary.
-TILE_TOKENS, TILE_VOCABULARY = 4096, 32768
-
-# How many copies of a token's hidden vector one decoder layer holds while its backward runs, with everything
-# recomputed once: residuals, norms, q/k/v/o and their gradients. Measured on OLMoE and Mixtral shapes, CPU.
-LAYER_COPIES = 24
-# The same for routed rows in the experts: gate, up, their product, the rows themselves, and gradients.
-ROW_COPIES = 4
-
-# RAM that torch's CPU kernels take as they meet new shapes (oneDNN keeps the last 1,024), and late imports.
-# With it the plan came to 0.97-1.25 of the measured peak: OLMoE of width 1024, 512 and 2048 tokens, with and
-# without gradient checkpointing, 2-core CPU.
-CPU_WARM_UP = 500_000_000
+WEIGHTS = ("experts", "dense", "embeddings", "adapters")
+"""Parts that are there as soon as the model is loaded, so that they can be counted one by one."""
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes by what they are for."""
+    """Bytes by what they are for, as planned, and what was there when the plan was made."""
 
-    experts: int = 0
-    dense: int = 0
-    adapters: int = 0
-    """adapter, its gradients and its optimizer state"""
-    activations: int = 0
-    logits: int = 0
-    process: int = 0
-    """on a CPU: Python, torch and the data, which share the RAM with the model"""
+    device: dict[str, int]
+    """of the GPU, else of the RAM: part -> bytes, in the order of `plan.footprint.PARTS`"""
+    ram: dict[str, int] = field(default_factory=dict)
+    """with a GPU: of the RAM"""
+    mapped: dict[str, int] = field(default_factory=dict)
+    """of `device`: memory-mapped from the packed files; the system may drop it and read it again"""
+    loaded: dict[str, int] = field(default_factory=dict)
+    """of WEIGHTS: bytes on the device after loading, counted"""
+    used: int = 0
+    """bytes in use after loading, measured; mapped files left out"""
 
     @property
     def peak(self) -> int:
         """All of it."""
-        return sum(n for _, n in self.parts())
+        return sum(self.device.values())
 
-    def parts(self) -> list[tuple[str, int]]:
-        """(name, bytes), in the order of the fields."""
-        return [(name, getattr(self, name)) for name in self.__dataclass_fields__]
+    @property
+    def own(self) -> int:
+        """Without what is mapped: what `used` and `peak` below measure."""
+        return self.peak - sum(self.mapped.values())
+
+    def of(self, *parts: str) -> int:
+        """Some parts of the device together."""
+        return sum(self.device.get(part, 0) for part in parts)
 
     def __str__(self) -> str:
-        return " · ".join(f"{name} {size(n)}" for name, n in self.parts() if n)
+        said = " · ".join(f"{name} {size(n)}" for name, n in self.device.items() if n)
+        mapped = sum(self.mapped.values())
+        return said + (f" (of these, mapped from the packed files: {size(mapped)})" if mapped else "")
 
 
 def plan(model: nn.Module, settings: TrainSettings, tokens: int, learned: int) -> MemoryPlan:
     """Memory of one training step.
 
     Args:
-        model: with its adapter on.
-        tokens: T of the largest forward pass, padding included.
+        model: with its adapter on, and its experts where they will stay.
+        tokens: T of the largest forward pass, padding included; of batch_size rows.
         learned: how many of them are learned.
     """
-    counts = count(model)
-    text: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    adapter_bytes = 4 if settings.adapter_dtype == "float32" else 2
-    state = {"8bit": 2, "adafactor": 1, "sgd": 0}
-    state_bytes = next((n for word, n in state.items() if word in settings.optim), 2 * adapter_bytes)
-    adapters = sum(p.numel() for p in trained) * (2 * adapter_bytes + state_bytes)
-    held = sum(p.nbytes for p in trained)
-
-    width = 2 if settings.dtype == "bfloat16" else 4
-    layers = text.num_hidden_layers
-    one_layer = LAYER_COPIES * tokens * text.hidden_size * width + _rows(model, tokens) * width
-    kept = 1 if settings.gradient_checkpointing else LAYER_COPIES / 2
-    between = layers * tokens * text.hidden_size * width * kept
-    if not settings.gradient_checkpointing:
-        between += layers * _rows(model, tokens) * width / 2
-    tile = min(learned, TILE_TOKENS) * min(text.vocab_size, TILE_VOCABULARY)
+    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    stored = _packed_on_disk(bare)
+    shape = Shape.of(_config(bare), _quantization(bare) if stored else None)
+    rows = settings.batch_size
+    work = Work(
+        "train",
+        seq=-(-tokens // rows),
+        batch=rows * settings.grad_accum,
+        learned=-(-learned // rows),
+        **_adapter(model),
+        adapter_dtype=settings.adapter_dtype,
+        dtype=settings.dtype,
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
     on_gpu = torch.cuda.is_available()
-    # Without Triton the tile's exponentials are float32 tensors of their own, several at a time.
-    logits = tile * (width if on_gpu else width + 5 * 4) + 4 * learned * text.hidden_size * 2
-    process = 0 if on_gpu else max(0, used() - counts.expert_bytes - counts.other_bytes) + CPU_WARM_UP
-    return MemoryPlan(
-        experts=counts.expert_bytes,
-        dense=counts.other_bytes - held,
-        adapters=adapters,
-        activations=int(one_layer + between),
-        logits=logits,
-        process=process,
+    now = used()
+    loaded = weights_on_device(model, on_gpu)
+    choice = choice_of(bare, settings)
+    planned = footprint(shape, work, choice, on_gpu)
+    device = dict(planned.device)
+    if _quantization(bare) is None:  # held as it is, in whatever dtype that may be
+        device |= {part: loaded[part] for part in ("experts", "dense", "embeddings")}
+    frozen = [p for name, p in model.named_parameters() if ".lora_" in name and not p.requires_grad]
+    if frozen:  # an adapter under the one that is trained
+        device["adapters"] = device.get("adapters", 0) + sum(p.nbytes for p in frozen)
+    return MemoryPlan(device, dict(planned.ram), dict(planned.mapped), loaded, now)
+
+
+def _adapter(model: nn.Module) -> dict[str, Any]:
+    """Rank and places of the adapter that is trained, as far as the model knows them."""
+    if not isinstance(model, PeftModel):
+        return {}
+    places = tuple(place for place in count_adapters(model).trainable if place != "other")
+    return {"lora_r": model.peft_config[model.active_adapter].r, "lora_targets": places}
+
+
+def choice_of(model: Any, settings: TrainSettings) -> Choice:
+    """How a loaded model is held and trained, in the planner's words."""
+    stored = _quantization(model) or {}
+    residency = residency_of(model)
+    policy = residency.policy if residency is not None else None
+    return Choice(
+        scheme=stored.get("scheme", "bf16"),
+        double_quant=bool(stored.get("double_quant", False)),
+        linears=stored.get("linears"),
+        blocksize=stored.get("blocksize", 64),
+        homes="device" if policy is None else policy.homes,
+        kept=0 if policy is None else policy.kept,
+        slots=2 if policy is None else policy.slots,
+        checkpointing=settings.gradient_checkpointing,
+        optim=settings.optim,
+        batch_size=settings.batch_size,
+        grad_accum=settings.grad_accum,
+        layer_major=settings.layer_major,
     )
 
 
-def _rows(model: nn.Module, tokens: int) -> int:
-    """Elements that the routed rows of the widest MoE layer take: rows x (in + out of both projections)."""
-    widest = 0
-    for layer in moe_layers(model):
-        experts: Any = submodule(model, layer.experts)
-        across = sum(getattr(experts, name).shape[1] for name in ("gate_up_proj", "up_proj", "down_proj")
-                     if isinstance(getattr(experts, name, None), torch.Tensor))  # fmt: skip
-        widest = max(widest, tokens * layer.top_k * across)
-    return ROW_COPIES * widest
+def _config(model: Any) -> dict[str, Any]:
+    """config.json of a loaded model."""
+    return {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+
+
+def _quantization(model: Any) -> dict[str, Any] | None:
+    """How it is packed, None if it is not."""
+    found = getattr(model.config, "quantization_config", None)
+    if found is None or isinstance(found, dict):
+        return found
+    return dict(vars(found))
+
+
+def _packed_on_disk(model: Any) -> bool:
+    """Whether it was loaded from packed files, which then are memory-mapped."""
+    folder = Path(getattr(model, "name_or_path", "") or "")
+    return (folder / "config.json").is_file() and Checkpoint.open(folder).is_packed
+
+
+def weights_on_device(model: nn.Module, on_gpu: bool) -> dict[str, int]:
+    """Bytes of the tensors that are there, by part; with a GPU only those on it."""
+    of_experts = {
+        id(tensor)
+        for _, module in named_experts(model)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    }
+    tables: list[Any] = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    bare: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    tables.append(bare.get_output_embeddings())
+    of_tables = {id(p) for table in tables if table is not None for p in table.parameters(recurse=False)}
+    found = dict.fromkeys(WEIGHTS, 0)
+    for name, parameter in model.named_parameters():
+        if on_gpu and not parameter.is_cuda:
+            continue
+        part = "adapters" if ".lora_" in name else "dense"
+        part = "experts" if id(parameter) in of_experts else part
+        found["embeddings" if id(parameter) in of_tables else part] += parameter.nbytes
+    return found
 
 
 def limit() -> int | None:
     """Bytes there are on the device that trains: the GPU's memory, or the machine's or container's RAM."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
-    limits = [psutil.virtual_memory().total]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        file = Path(path)
-        if file.is_file() and (text := file.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
+    return ram.total()
 
 
 def used() -> int:
@@ -137,8 +190,8 @@ def almost_full() -> bool:
     """Whether the system is about to kill this process for its RAM. A GPU raises an error of its own."""
     if torch.cuda.is_available():
         return False
-    ram = psutil.virtual_memory()
-    return used() > 0.97 * (limit() or ram.total) or ram.available < 0.02 * ram.total
+    total = ram.total()
+    return used() > 0.97 * total or ram.available() < 0.02 * total
 
 
 def peak(seen: int = 0) -> int:
@@ -156,32 +209,57 @@ def is_out_of_memory(error: BaseException) -> bool:
 def advice(planned: MemoryPlan, settings: TrainSettings, packing: bool, linears_packed: bool) -> list[str]:
     """What to change, the setting that gives back most first."""
     ways: list[tuple[int, str]] = []
-    per_row = planned.activations + planned.logits
+    activations = planned.of("activations")
+    per_row = activations + planned.of("logits")
     if settings.batch_size > 1:
-        saved = per_row - per_row // settings.batch_size
+        more = "" if settings.layer_major else "; raise train.grad_accum to keep the step"
         ways.append(
             (
-                saved,
-                f"train.batch_size=1 (now {settings.batch_size}; raise train.grad_accum to keep the step)",
+                per_row - per_row // settings.batch_size,
+                f"train.batch_size=1 (now {settings.batch_size}{more})",
             )
         )
     if not settings.gradient_checkpointing:
-        ways.append((planned.activations * 3 // 4, "train.gradient_checkpointing=true"))
-    ways.append(
-        (
-            per_row // 2,
-            "data.max_length, half of what it is" + (" (rows are packed to it)" if packing else ""),
-        )
-    )
+        ways.append((activations * 3 // 4, "train.gradient_checkpointing=true"))
+    if settings.layer_major:
+        ways.append((activations // 2, "train.layer_major=false: fewer rows at once"))
+    half = "data.max_length, half of what it is" + (" (rows are packed to it)" if packing else "")
+    ways.append((per_row // 2, half))
     if not linears_packed:
-        ways.append((planned.dense * 2 // 3, "quant.linears=nf4: the dense matrices in 4 bits too"))
-    ways.append((planned.adapters // 2, "lora.r, half of what it is, or fewer lora.targets"))
-    if "8bit" not in settings.optim and torch.cuda.is_available():
-        ways.append((planned.adapters // 3, "train.optim=paged_adamw_8bit"))
-    ways.append((planned.experts // 12, "quant.double_quant=true"))
+        ways.append((planned.of("dense") * 2 // 3, "quant.linears=nf4: the dense matrices in 4 bits too"))
+    trained = planned.of("adapters", "gradients+optimizer")
+    ways.append((trained // 2, "lora.r, half of what it is, or fewer lora.targets"))
+    if torch.cuda.is_available():
+        if "8bit" not in settings.optim:
+            ways.append((trained // 3, "train.optim=paged_adamw_8bit"))
+        if not planned.of("staging"):
+            ways.append((planned.of("experts") * 3 // 4, "experts.home=ram: experts staged layer by layer"))
+    ways.append((planned.of("experts") // 12, "quant.double_quant=true"))
     return [
         f"{text}: about {size(saved)} less" for saved, text in sorted(ways, reverse=True) if saved > 1_000_000
     ][:4]
+
+
+def compared(planned: MemoryPlan, peak: int) -> list[str]:
+    """Planned against measured, part by part, and which differed most.
+
+    What can be counted after loading is; everything that comes later (gradients, optimizer, activations,
+    logits, staging, the process) is one figure: the measured peak without what was counted.
+    """
+    rows = [
+        (part, planned.of(part) - planned.mapped.get(part, 0), planned.loaded.get(part, 0))
+        for part in WEIGHTS
+        if not planned.mapped.get(part)  # mapped files are in neither figure
+    ]
+    later = [part for part in planned.device if part not in WEIGHTS]
+    rest = planned.own - sum(n for _, n, _ in rows)
+    rows.append((" + ".join(later), rest, max(0, peak - sum(n for _, _, n in rows))))
+    rows = [(part, was, now) for part, was, now in rows if was or now]
+    lines = [f"{part}: planned {size(was)}, measured {size(now)}" for part, was, now in rows]
+    most = max(rows, key=lambda row: row[2] - row[1])
+    if most[2] > 1.02 * most[1]:
+        lines.append(f"what differed most: {most[0]}, {size(most[2] - most[1])} more than planned")
+    return lines
 
 
 def report(
@@ -193,7 +271,8 @@ def report(
     kind = "GPU memory" if torch.cuda.is_available() else "memory"
     ways = advice(planned, settings, packing, linears_packed)
     lines = [
-        f"what takes it: {planned}",
+        f"planned: peak {size(planned.own)}, {size(peak())} measured",
+        *compared(planned, peak()),
         *([f"change first: {ways[0]}"] if ways else []),
         *(f"then: {w}" for w in ways[1:]),
     ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -21,8 +20,10 @@ from moesmith import console
 from moesmith.data.masks import Example
 from moesmith.data.preferences import Pair
 from moesmith.errors import UserError
+from moesmith.plan.footprint import CPU_TILE
 
-from .adapters import save_adapter, trainable
+from .adapters import trainable
+from .arguments import shared_arguments, splits
 from .batches import PairCollator, to_dataset
 from .margins import warnings_of
 from .preference_trainer import KL_PAIRS, PreferenceTrainer
@@ -36,7 +37,7 @@ from .reference import (
     reference_key,
 )
 from .settings import DPORunSettings, DPOSettings
-from .sft import Session, SFTResult, pad_token, shared_arguments
+from .sft import Session, SFTResult, pad_token
 from .stack import digest_of_model
 
 __all__ = ["DPOResult", "PreferenceSession", "PreferenceTrainer", "run_dpo"]
@@ -150,6 +151,7 @@ class PreferenceSession(Session):
     """A run on pairs, ready to start: everything is built and checked, nothing has been trained."""
 
     trainer_class = PreferenceTrainer
+    rows_per_sequence = 2
     cfg: DPORunSettings
 
     def __init__(
@@ -162,6 +164,16 @@ class PreferenceSession(Session):
         **options: Any,
     ):
         check_dpo(cfg)
+        if splits(cfg.train) and cfg.dpo.reference == "recompute":
+            raise UserError(
+                "dpo.reference=recompute with weights that are split: the reference's are not kept in pieces",
+                "dpo.reference=cached",
+            )
+        if cfg.train.expert_parallel > 1:
+            raise UserError(
+                f"train.expert_parallel={cfg.train.expert_parallel} is for sft",
+                "train.expert_parallel=1; torchrun without it trains on different pairs in each process",
+            )
         self.pairs, self.held_out_pairs = list(train), list(held_out)
         self.reference = ReferenceFacts(cfg.dpo.reference)
         super().__init__(model, tokenizer, train, held_out, cfg, **options)  # type: ignore[arg-type]
@@ -214,6 +226,7 @@ class PreferenceSession(Session):
             dtype=train.dtype,
             adapter_dtype=train.adapter_dtype,
             places=places,
+            head_tile=CPU_TILE,  # another tile sums the vocabulary in another order
         )
         return ReferenceCache(self.cfg.dpo.reference_cache, key), made_of
 
@@ -241,9 +254,8 @@ class PreferenceSession(Session):
         trainer.references.update(values)
         self._collator.references = trainer.references
 
-    def save(self, path: Path, facts: dict[str, Any]) -> None:
-        dpo = {"loss": self.cfg.dpo.loss, "beta": beta_of(self.cfg.dpo)}
-        save_adapter(path, self.model, self.tokenizer, self.base, {**facts, "dpo": dpo})
+    def facts_of(self, facts: dict[str, Any]) -> dict[str, Any]:
+        return {**facts, "dpo": {"loss": self.cfg.dpo.loss, "beta": beta_of(self.cfg.dpo)}}
 
     def result(self, trainer: Any, **common: Any) -> DPOResult:
         by_step = {entry["step"]: entry for entry in common["history"] if "eval_loss" in entry}
@@ -256,9 +268,7 @@ class PreferenceSession(Session):
             values[f"{name}_accuracy"] = entry.get("eval_accuracy_norm", entry.get("eval_accuracy"))
             if name != "first":
                 values[f"{name}_kl"] = entry.get("eval_kl")
-        result = DPOResult(
-            **common, **values, reference=self.reference.facts(), passes=dict(trainer.run_state.passes)
-        )
+        result = DPOResult(**common, **values, reference=self.reference.facts(), passes=trainer.all_passes())
         if result.finished:
             result.warnings = warnings_of(first, last)
         for text in result.warnings if not self.quiet else ():

@@ -13,6 +13,7 @@ a stand-in for a reference model, and batches that carry the reference's log-pro
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import pad as pad_tensor
 from trl import DPOTrainer
 
-from moesmith import console
+from moesmith import console, ranks
 from moesmith.data.masks import IGNORED
 from moesmith.errors import UserError
 
@@ -102,7 +102,8 @@ class PreferenceTrainer(Careful, DPOTrainer):
     ) -> Any:
         """TRL's fused forward with only the completions in the head; its fields are (2B, T-1) as ever."""
         passes, ids = self.run_state.passes, kwargs.get("input_ids", args[0] if args else ())
-        passes[self._phase] = passes.get(self._phase, 0) + len(ids)
+        if not self._spare:
+            passes[self._phase] = passes.get(self._phase, 0) + len(ids)
         if not fused_lm_head:
             return fused(*args, **kwargs)
         following = labels[:, 1:]
@@ -133,7 +134,7 @@ class PreferenceTrainer(Careful, DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        taken = {key: value for key, value in inputs.items() if key != "rows"}
+        taken = {key: value for key, value in inputs.items() if key not in ("rows", "spare")}
         if "ref_chosen_logps" not in taken:
             taken["ref_chosen_logps"], taken["ref_rejected_logps"] = self.reference_logps(taken)
         if self.model.training:
@@ -211,8 +212,16 @@ class PreferenceTrainer(Careful, DPOTrainer):
     # --- evaluation ---
 
     def remember_said(self, batches: Sequence[dict[str, Any]]) -> None:
-        """Keep what the reference says at every position of these completions, each a batch of one pair."""
-        for batch in batches:
+        """Keep what the reference says at every position of these completions, each a batch of one pair.
+
+        Each process keeps its share, or the first pair as a spare where it has one less than others.
+        """
+        mine = ranks.share(batches)
+        real = len(mine)
+        if batches and ranks.world() > 1:
+            mine += [batches[0]] * (math.ceil(len(batches) / ranks.world()) - real)
+        for number, batch in enumerate(mine):
+            self._spare = number >= real
             inputs = self._prepare_inputs(dict(batch))
             for i in range(len(inputs["input_ids"])):
                 line = {name: inputs[name][i : i + 1] for name in ("input_ids", "attention_mask")}
@@ -222,7 +231,8 @@ class PreferenceTrainer(Careful, DPOTrainer):
                 with self._as_reference(), self._counted_as("kl"):
                     logits = self._logits(line, learned)
                 values, tokens = logits.log_softmax(-1).topk(min(KL_KEPT, logits.shape[-1]))
-                self._said.append(_Said(line, learned, tokens.int(), values))
+                self._said.append(_Said(line, learned, tokens.int(), values, self._spare))
+        self._spare = False
 
     def _logits(self, line: dict[str, Tensor], learned: Tensor) -> Tensor:
         with self._only(learned):
@@ -237,10 +247,15 @@ class PreferenceTrainer(Careful, DPOTrainer):
         """
         total, positions = 0.0, 0
         for said in self._said:
-            with self._counted_as("kl"), self.accelerator.autocast():
+            self._spare = said.spare
+            with self._counted_as("kl"), self.accelerator.autocast(), self.compute_loss_context_manager():
                 logits = self._logits(said.line, said.learned)
             each = divergence(logits, said.tokens.long(), said.logprobs)
-            total, positions = total + float(each.double().sum()), positions + len(each)
+            if not said.spare:
+                total, positions = total + float(each.double().sum()), positions + len(each)
+        self._spare = False
+        if self.together:
+            total, positions = ranks.add(torch.tensor([total, positions], dtype=torch.float64)).tolist()
         return total / positions if positions else None
 
     def evaluate(
@@ -257,8 +272,12 @@ class PreferenceTrainer(Careful, DPOTrainer):
         for batch in self.get_eval_dataloader(eval_dataset):
             inputs = self._prepare_inputs(batch)
             seen.clear()
+            self._spare = "spare" in inputs
             with torch.no_grad(), self._counted_as("evaluation"):
                 loss = self.compute_loss(self.model, inputs)
+            if self._spare:
+                self._spare = False
+                continue
             chosen, rejected = inputs["completion_mask"].sum(dim=1).tolist()
             found.append(
                 Judged(
@@ -272,8 +291,8 @@ class PreferenceTrainer(Careful, DPOTrainer):
                 )
             )
         seen.clear()
-        if self.accelerator.num_processes > 1:
-            found = gather_object(found)
+        if self.together:
+            found = ranks.in_order(ranks.gather(found))
         if self.state.global_step == 0:
             self._check_start(found)
         values = {**summary(found, self.loss_types), "kl": self.kl()}
@@ -298,6 +317,9 @@ class PreferenceTrainer(Careful, DPOTrainer):
         if off > 1e-3:
             console.warn(f"margins before training are up to {off:.2g} nats instead of 0: rounding")
 
+    def num_tokens(self) -> int:
+        return self.run_state.tokens if ranks.is_main() else 0  # they are counted over all processes
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         seen = self._metrics["train"]
         if "num_tokens" in seen:  # TRL counts from the start of the session
@@ -308,13 +330,20 @@ class PreferenceTrainer(Careful, DPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Only the trained adapter: what is frozen under it comes back with the model."""
+        if not self.args.should_save:
+            return
         model: Any = self.accelerator.unwrap_model(self.model)
+        gathered: dict[str, Any] = {} if state_dict is None else {"state_dict": state_dict}
         model.save_pretrained(
-            output_dir or self.args.output_dir, selected_adapters=[TRAINED], save_embedding_layers=False
-        )
+            output_dir or self.args.output_dir, selected_adapters=[TRAINED], save_embedding_layers=False,
+            **gathered,
+        )  # fmt: skip
 
     def _load_weights(self, checkpoint: str, model: nn.Module | None = None) -> None:
         """Only the trained adapter; which adapters are active and what is trained stay as they are."""
+        if self.is_fsdp_enabled:
+            super()._load_weights(checkpoint, model)
+            return
         target: Any = self.accelerator.unwrap_model(model or self.model)
         weights = load_peft_weights(checkpoint, device="cpu")
         loaded = set_peft_model_state_dict(target, weights, adapter_name=TRAINED)
@@ -327,7 +356,7 @@ class PreferenceTrainer(Careful, DPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         mine = self.run_state.passes
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        before = self.run_state.passes
+        before = self.run_state.passes if ranks.is_main() else {}  # of all processes together
         self.run_state.passes = {k: mine.get(k, 0) + before.get(k, 0) for k in {**mine, **before}}
 
 
@@ -341,3 +370,5 @@ class _Said:
     """(N, K) its likeliest next tokens"""
     logprobs: Tensor
     """(N, K) fp32"""
+    spare: bool = False
+    """another process counts it"""

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from moesmith import __version__, console
+from moesmith import __version__, console, ranks
 from moesmith.config import write_atomically
 from moesmith.data.preferences import Pair
 from moesmith.errors import UserError
@@ -77,7 +77,7 @@ class ReferenceCache:
     def describe(self, made_of: Mapping[str, Any]) -> None:
         """Write beside the numbers what they depend on, for people."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "key.json").exists():
+        if ranks.is_main() and not (self.folder / "key.json").exists():
             write_atomically(self.folder / "key.json", json.dumps(made_of, indent=2, default=str) + "\n")
 
     def append(self, pair: str, values: Logps) -> None:
@@ -145,6 +145,8 @@ def look_up(
 ) -> tuple[dict[str, Logps], ReferenceFacts]:
     """The reference's log-probabilities of all pairs: what the file has, the rest computed and added to it.
 
+    Several processes compute a share each.
+
     Args:
         pairs: from `moesmith.data.preferences`; equal ones are computed once.
         compute: the two log-probabilities of one pair.
@@ -153,15 +155,16 @@ def look_up(
         UserError: a number that is not finite; a pair of the file that comes out differently now.
     """
     wanted = {pair_digest(pair): pair for pair in pairs}
-    known = cache.read()
+    known = ranks.gather(cache.read() if ranks.is_main() else {})[0]  # the same, whoever writes meanwhile
     values = {digest: known[digest] for digest in wanted if digest in known}
     missing = {digest: pair for digest, pair in wanted.items() if digest not in known}
     facts = ReferenceFacts("cached", str(cache.file), cache.bytes, len(wanted), len(values), len(missing))
     _spot_check(cache, wanted, values, compute)
     started = time.monotonic()
+    mine = ranks.share(list(missing.items()))
     if missing:
-        with console.bar("reference", len(missing)) if not quiet else _silent() as bar:
-            for digest, pair in missing.items():
+        with console.bar("reference", len(mine)) if not quiet else _silent() as bar:
+            for digest, pair in mine:
                 values[digest] = compute(pair)
                 if not all(map(math.isfinite, values[digest])):
                     raise UserError(
@@ -174,6 +177,10 @@ def look_up(
                 took = max(time.monotonic() - started, 1e-9)
                 rate = f"{(bar.done + 1) / took:,.1f} pairs/s · {facts.tokens / took:,.0f} tok/s"
                 bar.advance(1, rate)
+        parts = ranks.gather(({digest: values[digest] for digest, _ in mine}, facts.tokens))
+        facts.tokens = sum(tokens for _, tokens in parts)
+        for found, _ in parts:
+            values |= found
     facts.seconds, facts.bytes = time.monotonic() - started, cache.bytes
     return values, facts
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from moesmith.config import JobConfig
 
 Placement = Literal["experts", "attention", "router", "shared_experts", "dense_mlp"]
+Home = Literal["device", "ram", "disk"]
+
+
+def _as_list(value: Any) -> Any:
+    """One word stands for all layers."""
+    return [value] if isinstance(value, str) else value
+
+
+def _as_word(value: list[str]) -> str | list[str]:
+    """The same way round."""
+    return value[0] if len(set(value)) == 1 else list(value)
 
 
 class LoraSettings(JobConfig):
@@ -69,6 +80,41 @@ class TrainSettings(JobConfig):
     """Stop after so many steps in a row that were skipped for a loss or gradient that is not finite."""
     loggers: list[Literal["tensorboard", "trackio"]] = []
     """Also log to any of tensorboard, trackio."""
+    layer_major: bool = False
+    """All rows of a step go through each layer in turn: experts that are staged come once per step."""
+    sharding: Literal["fsdp2"] | None = None
+    """Run over several processes (torchrun): none gives each the whole model, fsdp2 splits its weights."""
+    expert_parallel: int = pydantic.Field(1, ge=1)
+    """Processes that share the experts, each holding its own (torchrun --nproc-per-node N); 1: none do."""
+
+
+class ExpertsPlace(JobConfig):
+    """Where packed experts wait when it is not the device that trains."""
+
+    home: Annotated[
+        list[Home], pydantic.BeforeValidator(_as_list), pydantic.PlainSerializer(_as_word)
+    ] = ["device"]  # fmt: skip
+    """device, ram (pinned, for a GPU) or disk (the packed files, memory-mapped); a list: layer by layer."""
+    kept: int = pydantic.Field(0, ge=0)
+    """Experts of each layer that never leave the device; the others are staged a layer at a time."""
+    slots: int | None = pydantic.Field(None, ge=1)
+    """Layers that there is room to stage; none: 2 on a GPU, and on a CPU experts are used where they lie."""
+    profile: str | None = None
+    """Folder of `moesmith profile`: the experts it found hottest are the ones kept; none: the first."""
+    statistics: bool = False
+    """Count what is moved and what is waited for, into OUT/transfers.json."""
+    verify: bool = False
+    """Compare the packed files with their checksums first."""
+
+    @property
+    def homes(self) -> str | tuple[str, ...]:
+        """One word for all MoE layers, or one for each."""
+        return self.home[0] if len(set(self.home)) == 1 else tuple(self.home)
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether any experts are not on the device."""
+        return set(self.home) != {"device"}
 
 
 class RunSettings(JobConfig):
@@ -80,6 +126,13 @@ class RunSettings(JobConfig):
     """Seed of the adapter's first weights, the order of the rows and the held-out split."""
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings()
+    experts: ExpertsPlace = ExpertsPlace()
+    fit: Literal["auto", "none"] = "none"
+    """auto takes the fastest plan that fits for whatever was not given; what it chose is in config.yaml."""
+    vram: str | None = None
+    """GPU memory to stay under, such as 12GB; none: all there is."""
+    ram: str | None = None
+    """RAM to stay under, such as 32GB; none: all there is."""
     resume: bool = False
     """Continue the run in `out` from its newest whole checkpoint."""
     overwrite: bool = False

@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +18,27 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
-from moesmith import console
+from moesmith import console, ranks
 from moesmith.data.masks import Example
 from moesmith.data.packing import check_isolation, pack
 from moesmith.data.prepare import fingerprint
 from moesmith.errors import UserError
+from moesmith.experts.residency.attach import residency_of
 from moesmith.models.checkpoint import base_record
 
-from . import memory
+from . import layer_major, memory
 from .adapters import AdapterCounts, attach, cast_trainable, count_adapters, save_adapter, trainable
+from .arguments import check_same_everywhere, check_settings, passes_of, shared_arguments
 from .batches import Collator, to_dataset
 from .callbacks import EvaluationCallback, LogCallback, MemoryCallback, ProgressCallback, Stop, StopCallback
 from .careful import Careful, RunState
 from .folder import RunFolder
-from .settings import RunSettings, TrainSettings
+from .head_tiles import small_tiles
+from .settings import RunSettings
+from .together import gathered
 from .trainer import Trainer
 
 EVALUATIONS = 10  # and checkpoints, in a run that does not say how many
@@ -131,6 +132,8 @@ class Session:
     """A training run, ready to start: everything is built and checked, nothing has been trained."""
 
     trainer_class: type[Careful] = Trainer
+    rows_per_sequence = 1
+    """rows of a batch that one sequence becomes"""
 
     def __init__(
         self,
@@ -147,7 +150,10 @@ class Session:
     ):
         if not train:
             raise UserError("no rows to train on")
-        _check_settings(cfg.train, _plain(model).config.get_text_config())
+        ranks.join()
+        offloaded = residency_of(_plain(model)) is not None
+        check_settings(cfg.train, _plain(model).config.get_text_config(), offloaded)
+        layer_major.check(cfg.train, pack_to is not None)
         self.cfg, self.tokenizer, self.held_out, self.quiet = cfg, tokenizer, held_out, quiet
         self.pack_to = pack_to
         self.folder = RunFolder(cfg.out)
@@ -162,6 +168,7 @@ class Session:
             **(data_facts or {}),
         }
         self.base = base or base_record(_plain(model), _plain(model).name_or_path)
+        check_same_everywhere(self.base, digest, cfg)
         if pack_to is not None:
             check_isolation(_plain(model), train, pack_to)
         self.sequences = self.as_sequences(train) if pack_to is None else pack(train, pack_to)
@@ -210,8 +217,22 @@ class Session:
         trainer.check_loss(alone([to_dataset([[shortest]])[0]]))
 
     def save(self, path: Path, facts: dict[str, Any]) -> None:
-        """Write the adapter as it is now."""
-        save_adapter(path, self.model, self.tokenizer, self.base, facts)
+        """Write the adapter as it is now. Every process calls it, rank 0 writes."""
+        with self._whole_experts():
+            weights = gathered(self.model)
+            if ranks.is_main():
+                save_adapter(path, self.model, self.tokenizer, self.base, self.facts_of(facts), weights)
+        ranks.barrier()
+
+    def facts_of(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """What moesmith.json says about the adapter."""
+        return facts
+
+    def _whole_experts(self) -> contextlib.AbstractContextManager[Any]:
+        """Within: adapters of experts that are split over processes are whole."""
+        from . import expert_parallel
+
+        return expert_parallel.whole(self.model)
 
     def result(self, trainer: Any, **common: Any) -> SFTResult:
         """What the run came to."""
@@ -261,32 +282,52 @@ class Session:
         """Run it to its end, or until someone asks it to stop."""
         folder, cfg = self.folder, self.cfg
         checkpoint = folder.newest_checkpoint() if cfg.resume else None
+        ranks.barrier()  # every process has looked at the folder before rank 0 changes it
         folder.begin(cfg, resume=checkpoint is not None)
         folder.record_data(self.data)
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         if checkpoint:
             folder.forget_after(step)
         try:
-            with _quiet_libraries():
+            with _quiet_libraries(), small_tiles():
                 no_bar = console.Bar("", None, None)  # what is done before training may have one of its own
                 trainer, progress, evaluation = self._trainer(no_bar, first=checkpoint is None)
-                with _bar(self.plan.steps, self.quiet) as progress.bar, self.stop.listening():
+                bar = _bar(self.plan.steps, self.quiet)
+                with bar as progress.bar, self.stop.listening(), self._in_slices():
                     if step < self.plan.steps:
                         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
                     elif checkpoint:
                         trainer._load_from_checkpoint(str(checkpoint))
                         trainer.state.global_step = step
         except (RuntimeError, MemoryError) as error:
+            if ranks.lost(error):
+                newest = folder.newest_checkpoint()
+                raise ranks.ended(
+                    f"{newest} is whole: the same command with --resume goes on from it"
+                    if newest
+                    else "there was no checkpoint yet"
+                ) from error
             if not memory.is_out_of_memory(error):
                 raise
             raise self._out_of_memory(memory.first_line(error)) from error
         return self._finish(trainer, progress.seen, evaluation.stopped_early)
 
+    def _in_slices(self) -> contextlib.AbstractContextManager[Any]:
+        """Within: the layers take the rows of a step in slices, if a step is one forward pass."""
+        if not self.cfg.train.layer_major:
+            return contextlib.nullcontext()
+        return layer_major.in_slices(self.model, self.cfg.train.batch_size * self.rows_per_sequence)
+
     def _trainer(self, bar: console.Bar, first: bool) -> tuple[Any, ProgressCallback, EvaluationCallback]:
         settings = self.cfg.train
         values = {name: p.detach().clone() for name, p in trainable(self.model).items()}
         train, held_out = self.datasets()
-        trainer = self.trainer_class(
+        trainer_class = self.trainer_class
+        if settings.expert_parallel > 1:
+            from . import expert_parallel
+
+            trainer_class = expert_parallel.trainer_class(trainer_class, self.model)
+        trainer = trainer_class(
             self.model,
             args=self.arguments(first),
             train_dataset=train,
@@ -296,10 +337,12 @@ class Session:
             folder=self.folder,
             max_nonfinite=settings.max_nonfinite,
             keep_checkpoints=settings.keep_checkpoints,
+            window=passes_of(settings)[1],
         )
         cast_trainable(self.model, values, getattr(torch, settings.adapter_dtype))
         del values
-        self.check_loss(trainer)
+        with trainer.freezing_unused():
+            self.check_loss(trainer)
         self.prepare(trainer)
 
         def run_state() -> RunState:
@@ -316,7 +359,7 @@ class Session:
         for callback in (progress, LogCallback(self.folder), MemoryCallback(self._out_of_memory), evaluation):
             trainer.add_callback(callback)
         trainer.add_callback(StopCallback(self.stop))
-        if "tensorboard" in settings.loggers:
+        if "tensorboard" in settings.loggers and ranks.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
             trainer.add_callback(TensorBoardCallback(SummaryWriter(self.folder.path / "tensorboard")))
@@ -327,7 +370,7 @@ class Session:
         run, step = trainer.run_state, trainer.state.global_step
         self.plan.adapters.unused = trainer.unused
         facts = {"step": step, "eval_loss": run.last_loss if self.held_out else None}
-        self.save(self.folder.last, facts)
+        self.save(self.folder.last, facts)  # and every process waits for the records of rank 0
         stopped = "early stop" if stopped_early else self.stop.reason if step < self.plan.steps else None
         has_best = self.folder.best.is_dir()
         result = self.result(
@@ -356,72 +399,6 @@ class Session:
         return UserError(
             *memory.report(what, self.plan.memory, self.cfg.train, self.pack_to is not None, packed)
         )
-
-
-def _check_settings(settings: TrainSettings, text_config: Any) -> None:
-    """Refuse what the libraries would only refuse later, or in other words."""
-    for logger in settings.loggers:
-        if find_spec(logger) is None:
-            raise UserError(
-                f"train.loggers asks for {logger}, which is not installed", f"pip install {logger}"
-            )
-    names = [name.value for name in OptimizerNames]
-    if settings.optim not in names:
-        near = difflib.get_close_matches(settings.optim, names, n=3)
-        raise UserError(
-            f"train.optim={settings.optim} is no optimizer of transformers", f"near it: {', '.join(near)}"
-        )
-    if ("8bit" in settings.optim or "paged" in settings.optim) and not torch.cuda.is_available():
-        raise UserError(f"train.optim={settings.optim} needs a GPU", "train.optim=adamw_torch")
-    needed = ("output_router_logits", "num_experts", "num_experts_per_tok")
-    if settings.router_aux_loss and not all(hasattr(text_config, name) for name in needed):
-        raise UserError(
-            f"train.router_aux_loss={settings.router_aux_loss}: "
-            f"{text_config.model_type} has no load-balancing loss",
-            "train.router_aux_loss=0",
-        )
-
-
-def shared_arguments(session: Session, first: bool) -> dict[str, Any]:
-    """Our options in TRL's words, whatever the loss. Only what is set here differs from TRL's defaults."""
-    cfg, folder, plan, evaluate = session.cfg, session.folder, session.plan, bool(session.held_out)
-    train: TrainSettings = cfg.train
-    on_gpu = torch.cuda.is_available()
-    return dict(
-        output_dir=str(folder.checkpoints),
-        max_steps=plan.steps,
-        per_device_train_batch_size=train.batch_size,
-        per_device_eval_batch_size=train.batch_size,
-        gradient_accumulation_steps=train.grad_accum,
-        learning_rate=train.lr,
-        lr_scheduler_type="cosine_warmup_with_min_lr",  # cosine_with_min_lr takes its first step at 0
-        lr_scheduler_kwargs={"min_lr_rate": train.min_lr_ratio},
-        warmup_steps=train.warmup,
-        weight_decay=train.weight_decay,
-        max_grad_norm=train.max_grad_norm,
-        optim=train.optim,
-        gradient_checkpointing=train.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=train.dtype == "bfloat16",
-        use_cpu=not on_gpu,
-        dataloader_pin_memory=on_gpu,
-        router_aux_loss_coef=train.router_aux_loss,
-        eval_strategy="steps" if evaluate else "no",
-        eval_steps=plan.eval_steps,
-        eval_on_start=evaluate and first,
-        save_strategy="steps",
-        save_steps=plan.save_steps,
-        save_total_limit=None,  # the trainer keeps whole checkpoints only, and counts them itself
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # a loss that is not finite is handled, not hidden
-        report_to=["trackio"] if "trackio" in train.loggers else "none",
-        project="moesmith",
-        run_name=folder.path.name,
-        disable_tqdm=True,
-        seed=cfg.seed,
-        max_length=None,
-        remove_unused_columns=False,
-    )
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -41,6 +41,7 @@ from moesmith.models.lora_factors import (
     side_by_side,
 )
 
+from . import expert_parallel
 from .lora import lora_config
 from .settings import LoraSettings
 
@@ -107,7 +108,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, name: str, trainab
     except (UserWarning, ValueError, RuntimeError) as error:
         raise UserError(f"adapter={adapter} does not fit the model: {_one_line(error)}") from None
     if (file := folder / WEIGHTS).is_file():
-        with safe_open(file, "pt") as saved:
+        with safe_open(file, "pt") as saved, expert_parallel.whole(loaded):
             left = sorted(set(saved.keys()) - _weights(loaded, name).keys())
         # Weights of the time before stacked experts are renamed by PEFT while it reads them.
         if (
@@ -151,9 +152,11 @@ def _other_parameters(model: PeftModel) -> Iterator[None]:
         config.target_parameters = there
 
 
-def _weights(model: PeftModel, name: str) -> dict[str, Tensor]:
+def _weights(model: PeftModel, name: str, gathered: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """One adapter's weights under the names PEFT saves them by."""
-    return get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=False, state_dict=gathered
+    )
 
 
 # ---------------------------------------------------------------- as one adapter
@@ -206,13 +209,18 @@ def join(
 # ---------------------------------------------------------------- saved
 
 
-def write_stacked(folder: Path, model: PeftModel) -> list[dict[str, str]]:
+def write_stacked(
+    folder: Path, model: PeftModel, gathered: dict[str, Tensor] | None = None
+) -> list[dict[str, str]]:
     """The joined adapter into `folder`, the two into its parts/1 (frozen) and parts/2 (trained).
+
+    Args:
+        gathered: state dict to take them from, where the model's own is split over processes.
 
     Returns:
         what moesmith.json says about the parts.
     """
-    adapters = [(model.peft_config[name], _weights(model, name)) for name in (FROZEN, TRAINED)]
+    adapters = [(model.peft_config[name], _weights(model, name, gathered)) for name in (FROZEN, TRAINED)]
     _write(folder, *join(adapters))
     parts = [folder / "parts" / str(i) for i in (1, 2)]
     for part, (config, weights) in zip(parts, adapters, strict=True):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
+from moesmith import ranks
+from moesmith.data.masks import IGNORED
 from moesmith.errors import UserError
 
 from .careful import Careful, NonFinite, RunState
@@ -32,7 +34,7 @@ class Trainer(Careful, SFTTrainer):
     @contextmanager
     def _scoring(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The batch without what the model does not take, and the hook told which positions are learned."""
-        taken = {key: value for key, value in inputs.items() if key not in ("learned", "rows")}
+        taken = {key: value for key, value in inputs.items() if key not in ("learned", "rows", "spare")}
         with self._only(inputs["learned"].to(self.args.device)):
             yield taken
 
@@ -73,7 +75,7 @@ class Trainer(Careful, SFTTrainer):
         """Summed negative log-likelihood of a batch's learned tokens, and how many they are."""
         with self._scoring(inputs) as taken:
             outputs = model(**taken, fused_lm_head=True, use_cache=False)
-        return -outputs.log_probs.double().sum(), inputs["shift_labels"].numel()
+        return -outputs.log_probs.double().sum(), int((inputs["shift_labels"] != IGNORED).sum())
 
     # --- evaluation ---
 
@@ -93,7 +95,7 @@ class Trainer(Careful, SFTTrainer):
                 total += torch.stack(
                     [loss, torch.tensor(float(tokens), dtype=torch.float64, device=total.device)]
                 )
-        loss_sum, token_sum = self.accelerator.reduce(total).tolist()
+        loss_sum, token_sum = (ranks.add(total.cpu()) / self.get_tp_size()).tolist()
         metrics = {
             f"{metric_key_prefix}_loss": loss_sum / token_sum,
             f"{metric_key_prefix}_tokens": int(token_sum),

@@ -36,8 +36,8 @@ class _Stack(ctypes.Structure):
     _fields_ = [
         ("codes", c_void_p), ("absmax", c_void_p), ("scale", c_void_p), ("offset", c_void_p),
         ("codebook", c_void_p), ("planes", c_void_p), ("absmax_codebook", c_void_p),
-        ("experts", c_int64), ("rows", c_int64), ("columns", c_int64), ("scales", c_int64),
-        ("row_blocks", c_int64), ("block_shift", c_int32), ("kind", c_int32),
+        ("where", c_void_p), ("experts", c_int64), ("rows", c_int64), ("columns", c_int64),
+        ("scales", c_int64), ("row_blocks", c_int64), ("block_shift", c_int32), ("kind", c_int32),
     ]  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def can_project(x: Tensor, stack: PackedStack) -> bool:
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not has_grouped():
         return False
     _, rows, columns = stack.shape
-    tensors = (stack.codes, stack.absmax, stack.scale, stack.offset)
+    tensors = (stack.codes, stack.absmax, stack.scale, stack.offset, stack.where)
     return (
         rows * columns >= _MIN_ELEMENTS
         and rows % 16 == 0
@@ -213,6 +213,8 @@ def _describe(stack: PackedStack) -> _Stack:
     experts, rows, columns = stack.shape
     half = {torch.bfloat16: 2, torch.float16: 3}.get(stack.codes.dtype)
     described = _Stack(codes=stack.codes.data_ptr(), experts=experts, rows=rows, columns=columns)
+    if stack.where is not None:
+        described.where = stack.where.data_ptr()
     if half is not None:
         described.kind = half
         return described
